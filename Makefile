@@ -1,0 +1,43 @@
+# The one list of commands; `make help` explains each.
+PYTHON ?= python3
+ifdef BUSI_DIR
+export BUSI_DIR := $(abspath $(BUSI_DIR))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format table benchmark clean
+
+help: ## list every target
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: .venv/installed ## execute the notebooks in order; copies and index.html go to executed/
+	.venv/bin/python -m helpers.run
+
+test: .venv/installed ## test everything, each notebook included: about 4 minutes on 2 cores
+	@echo "Testing helpers/ and every notebook on synthetic images: about 4 minutes on 2 cores"
+	.venv/bin/python -m pytest
+
+lint: .venv/installed ## check style: seconds
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+format: .venv/installed ## put code and notebooks into the house style
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+	.venv/bin/nbstripout notebooks/*.ipynb
+
+table: .venv/installed ## make README's table and figure from results/
+	.venv/bin/python -m helpers.results
+
+benchmark: .venv/installed ## time embed against the bare network, and check it on real BUSI
+	.venv/bin/python tests/benchmarks/embed.py
+
+clean: ## remove .venv and executed/
+	rm -rf .venv executed
+
+.venv/installed: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; say make PYTHON=python3.12 ...")'
+	@echo "Installing into .venv (first time only): about 3 minutes, 8 GB"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt -e .
+	@touch $@

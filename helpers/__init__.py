@@ -1,0 +1,18 @@
+"""The mechanism behind the notebooks: breast-ultrasound lesions, outlined and named.
+
+Where to look:
+
+| module | what it holds |
+| --- | --- |
+| `params` | `param(name, default)`: a notebook setting, overridden by `NB_<NAME>` |
+| `data` | find BUSI, index it, read images and masks, the grouped split |
+| `synthetic` | a breast-ultrasound phantom in BUSI's own layout |
+| `prompts` | from a mask to a box, box jitter, the ellipse that never looks at the image |
+| `sam` | SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, save |
+| `metrics` | segmentation and classification scores, a rule for every empty case, intervals |
+| `results` | one JSON per model and run; the table and the figure made from them |
+| `plots` | every figure of the notebooks |
+| `run` | `python -m helpers.run`: execute the notebooks, leave copies and a page |
+
+Importing `helpers` loads neither torch nor tensorflow; each module loads what it needs.
+"""

@@ -1,0 +1,459 @@
+"""Find BUSI, index it, read its images and masks, and split it without leaks.
+
+BUSI: W. Al-Dhabyani, M. Gomaa, H. Khaled, A. Fahmy, "Dataset of breast ultrasound images",
+Data in Brief 28 (2020) 104863. BUS-BRA: W. Gómez-Flores, M. J. Gregorio-Calas,
+W. Coelho de Albuquerque Pereira, Medical Physics 51 (2024) 3110, doi 10.5281/zenodo.8231412.
+
+`busi_groups.csv` says which BUSI images belong together and what is burned into them. It starts
+from the list of A. Pawlowska, P. Karwat, N. Zolek, letter to the editor, Data in Brief 48 (2023)
+109247 (Mendeley Data, doi 10.17632/k8t3gnx9h6.1, CC BY 4.0), and adds frames matched by
+registration and suspected frames of one lesion. BUSI has no patient ids: images are grouped, never
+"per patient". Its column `fold` is `assign_folds(index, seed=0)`, kept as a table so that the split
+is the same with every version of scikit-learn.
+"""
+
+import hashlib
+import json
+import os
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+LABELS = ("normal", "benign", "malignant")
+KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
+DATASET_FOLDER = "Dataset_BUSI_with_GT"
+N_FOLDS = 5
+SYNTHETIC_MARKER = "synthetic.json"  # helpers.synthetic writes it; its presence names the source
+COLUMNS = [
+    "image_id",
+    "label",
+    "image_path",
+    "mask_paths",
+    "group",
+    "objection",
+    "annotation",
+    "same_frame",
+    "source",
+]
+
+
+def find_busi(root=None):
+    """Return the folder that holds `benign/`, `malignant/` and `normal/`.
+
+    Looks at `root`, else at `$BUSI_DIR`, else asks kagglehub (its cache, then a download of
+    about 200 MB). A folder that is named but is not BUSI is an error, not a reason to look on.
+
+    Raises:
+        FileNotFoundError: no BUSI there, or none of the three ways works.
+    """
+    if root is not None:
+        return _dataset_folder(Path(root), "root")
+    if os.environ.get("BUSI_DIR"):
+        return _dataset_folder(Path(os.environ["BUSI_DIR"]), "$BUSI_DIR")
+    import kagglehub
+
+    try:
+        # The version makes the cache answer without a network.
+        downloaded = kagglehub.dataset_download(KAGGLE_HANDLE)
+    except Exception as error:  # kagglehub raises many kinds: no network, no access, disk full
+        raise FileNotFoundError(
+            "BUSI was not found: no root was given, $BUSI_DIR is not set, and the download through "
+            f"kagglehub failed ({type(error).__name__}: {_first_line(error)}). Download "
+            f"https://www.kaggle.com/datasets/{KAGGLE_HANDLE.partition('/versions')[0]} and set "
+            f"BUSI_DIR to the folder that holds {DATASET_FOLDER}."
+        ) from error
+    return _dataset_folder(Path(downloaded), "the kagglehub download")
+
+
+def _dataset_folder(root, source):
+    if not root.is_dir():
+        raise FileNotFoundError(f"{source} is {str(root)!r}, which is not a folder")
+    for folder in (root, root / DATASET_FOLDER):
+        if all((folder / label).is_dir() for label in LABELS):
+            return folder
+    found = sorted(path.name for path in root.iterdir())[:6]
+    missing = [label for label in LABELS if not (root / label).is_dir()]
+    raise FileNotFoundError(
+        f"{source} is {str(root)!r}, which is not BUSI: no folder {', '.join(missing)} in it or in "
+        f"{DATASET_FOLDER}/ below it (found {found}). Point it at the folder that holds "
+        f"{DATASET_FOLDER}."
+    )
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def load_index(root=None):
+    """Index BUSI, or a synthetic set in BUSI's layout.
+
+    Args:
+        root: as for `find_busi`.
+
+    Returns:
+        DataFrame, one row per image, with `image_id` ("benign (1)"), `label`, `image_path`,
+        `mask_paths` (tuple, as many as there are), `group` (the split keeps it together),
+        `objection`, `annotation`, and also `same_frame` (images that are one ultrasound frame),
+        `source` ("BUSI" or "synthetic") and `fold` (of seed 0; -1 for an image that is dropped).
+
+    Raises:
+        FileNotFoundError: no data set, or an image or a mask of it is missing.
+        ValueError: the folder holds an image that the group table does not name.
+    """
+    folder = find_busi(root)
+    source, table = _group_table(folder)
+    images, masks = _list_files(folder)
+    _check_complete(folder, table, images, masks)
+    index = table.rename(columns={"image": "image_id", "class": "label"})
+    index["group"] = index.pop("group_extended")
+    index["same_frame"] = index.pop("group_same_frame")
+    index["image_path"] = index.image_id.map(images)
+    index["mask_paths"] = index.image_id.map(masks)
+    index["source"] = source
+    if "fold" not in index:
+        index["fold"] = assign_folds(index)
+    return index[[*COLUMNS, "fold"]]
+
+
+def _group_table(folder):
+    """Return (source, table) for the dataset folder: a synthetic set brings its own table."""
+    if (folder.parent / SYNTHETIC_MARKER).is_file():
+        return "synthetic", pd.read_csv(folder.parent / "busi_groups.csv", keep_default_na=False)
+    with (resources.files("helpers") / "busi_groups.csv").open() as lines:
+        return "BUSI", pd.read_csv(lines, keep_default_na=False)
+
+
+def _list_files(folder):
+    """Map image id to its path, and image id to the tuple of its mask paths."""
+    images, masks = {}, {}
+    for label in LABELS:
+        for path in sorted((folder / label).glob("*.png")):
+            image_id, is_mask, _ = path.stem.partition("_mask")
+            if is_mask:
+                masks[image_id] = (*masks.get(image_id, ()), path)
+            else:
+                images[image_id] = path
+    return images, masks
+
+
+def _check_complete(folder, table, images, masks):
+    unknown = sorted(set(images) - set(table.image))
+    if unknown:
+        raise ValueError(
+            f"{folder} holds {len(unknown)} images that BUSI does not have, {_some(unknown)}; "
+            "take them out, or fetch the original set"
+        )
+    lost = [name for name in table.image if name not in images]
+    if lost:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(lost)} of {len(table)} images, {_some(lost)}; fetch the set again"
+        )
+    lost = [name for name, n in zip(table.image, table.n_masks) if len(masks.get(name, ())) < n]
+    if lost:
+        raise FileNotFoundError(
+            f"{folder} lacks mask files of {len(lost)} images, {_some(lost)}; fetch the set again"
+        )
+
+
+def _some(names):
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def load_dataset(choice="auto", synthetic_images=40):
+    """Index the data set of a notebook: BUSI, or the synthetic phantom where BUSI can't be had.
+
+    Says in print which one it is, and why.
+
+    Args:
+        choice: "busi" (an error if it can't be had), "synthetic", or "auto": BUSI, else synthetic.
+        synthetic_images: images per class of the phantom.
+
+    Returns:
+        DataFrame as from `load_index`; its column `source` names the data set.
+    """
+    if choice not in ("auto", "busi", "synthetic"):
+        raise ValueError(f"data {choice!r} is none of 'auto', 'busi', 'synthetic'")
+    reason = "asked for"
+    if choice != "synthetic":
+        try:
+            folder = find_busi()
+        except FileNotFoundError as error:
+            if choice == "busi" or os.environ.get("BUSI_DIR"):
+                raise
+            reason = str(error)
+        else:
+            print(f"Data: BUSI in {folder}")
+            return load_index(folder)
+    from helpers import synthetic
+
+    folder = cache_folder() / f"synthetic-v{synthetic.VERSION}-{synthetic_images}"
+    index = load_index(synthetic.make_busi(folder, synthetic_images))
+    print(f"Data: SYNTHETIC phantom, not patients: {reason}")
+    return index
+
+
+def cache_folder():
+    """Return the folder for what can be made again: `$XDG_CACHE_HOME` or `~/.cache`, and ours."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "breast-ultrasound-notebooks"
+
+
+def load_busbra(root):
+    """Index BUS-BRA in its published layout, as an external test set.
+
+    Args:
+        root: the folder with `bus_data.csv`, `Images/bus_*.png` and `Masks/mask_*.png`; copies
+            with `images/` and `masks/` and equal names are read too.
+
+    Returns:
+        DataFrame with the columns of `load_index` but `fold`; `group` is the patient's case
+        number, and `birads` and `device` are added where the table has them.
+
+    Raises:
+        FileNotFoundError: the table, a folder, an image or a mask is missing.
+        ValueError: the table lacks a column, or names a pathology that is neither benign nor
+            malignant.
+    """
+    root = Path(root)
+    if not (root / "bus_data.csv").is_file():
+        raise FileNotFoundError(
+            f"no bus_data.csv in {str(root)!r}; point at the unpacked BUS-BRA folder "
+            "(doi 10.5281/zenodo.8231412)"
+        )
+    table = pd.read_csv(root / "bus_data.csv")
+    missing = [name for name in ("ID", "Case", "Pathology") if name not in table]
+    if missing:
+        raise ValueError(f"{root / 'bus_data.csv'} has no column {', '.join(missing)}")
+    label = table.Pathology.str.lower()
+    odd = sorted(set(label) - {"benign", "malignant"})
+    if odd:
+        raise ValueError(
+            f"{root / 'bus_data.csv'}: pathology {odd} is neither benign nor malignant"
+        )
+    images, masks = _either(root, "Images", "images"), _either(root, "Masks", "masks")
+    names = [(images / f"{name}.png", _busbra_mask(masks, name)) for name in table.ID]
+    lost = [str(path.relative_to(root)) for pair in names for path in pair if not path.is_file()]
+    if lost:
+        raise FileNotFoundError(
+            f"{root} lacks {len(lost)} files, {_some(lost)}; fetch BUS-BRA again"
+        )
+    index = pd.DataFrame(
+        {
+            "image_id": table.ID,
+            "label": label,
+            "image_path": [image for image, _ in names],
+            "mask_paths": [(mask,) for _, mask in names],
+            "group": table.Case.astype(str),
+            "objection": "",
+            "annotation": "",
+            "same_frame": table.ID,
+            "source": "BUS-BRA",
+        }
+    )
+    for column in ("BIRADS", "Device"):
+        if column in table:
+            index[column.lower()] = table[column]
+    return index
+
+
+def _either(root, *names):
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(f"no folder {' or '.join(names)} in {str(root)!r}")
+
+
+def _busbra_mask(folder, name):
+    published = folder / f"{name.replace('bus_', 'mask_', 1)}.png"
+    return published if published.is_file() else folder / f"{name}.png"
+
+
+def read_image(path):
+    """Read an image as uint8 (H, W, 3) RGB, whether stored grey, RGB, RGBA or with a palette.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is cut off, no image, or deeper than 8 bits.
+    """
+    return np.array(_open(path).convert("RGB"))
+
+
+def read_mask(paths, shape):
+    """Join the mask files of one image.
+
+    Args:
+        paths: mask files; 1-bit, grey, RGB or RGBA. A pixel counts where it is brighter than half
+            of the file's brightest, so that 0/1 files read like 0/255 ones.
+        shape: (H, W) of the image, or its (H, W, 3) shape.
+
+    Returns:
+        bool (H, W), True where any file marks a lesion; all False for a normal image.
+
+    Raises:
+        ValueError: a mask is cut off, or of another size than the image.
+    """
+    joined = np.zeros(shape[:2], dtype=bool)
+    for path in paths:
+        values = np.asarray(_open(path).convert("L"))
+        if values.shape != joined.shape:
+            raise ValueError(
+                f"mask {path} is {values.shape[1]} x {values.shape[0]} pixels, its image "
+                f"{joined.shape[1]} x {joined.shape[0]}; fetch the pair again, never resize a mask "
+                "to fit"
+            )
+        joined |= values > values.max() / 2
+    return joined
+
+
+def _open(path):
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image file {path}; fetch the data set again") from None
+    except (OSError, SyntaxError) as error:  # Pillow's errors for a foreign or a cut-off file
+        raise ValueError(
+            f"{path} is not a whole image ({_first_line(error)}); fetch it again"
+        ) from error
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(
+            f"{path} has more than 8 bits a pixel (mode {image.mode}); scale it to 0..255 and save "
+            "it as 8-bit, so that its brightness is your choice"
+        )
+    return image
+
+
+def image_shape(row):
+    """Return (H, W) of the image of one row of an index; reads only the file's header."""
+    with Image.open(row.image_path) as image:
+        width, height = image.size
+    return height, width
+
+
+def read_truth(row):
+    """Read the joined mask of one row of an index as bool (H, W), at its image's own size."""
+    return read_mask(row.mask_paths, image_shape(row))
+
+
+def measure(index):
+    """Add `width`, `height` (pixels) and `area_share` (lesion area over image area) to an index."""
+    truths = [read_truth(row) for row in index.itertuples()]
+    return index.assign(
+        width=[truth.shape[1] for truth in truths],
+        height=[truth.shape[0] for truth in truths],
+        area_share=[truth.mean() for truth in truths],
+    )
+
+
+def related(index, column="same_frame"):
+    """Return the rows that share `column` ("same_frame" or "group") with another row, in groups."""
+    shared = index[index.duplicated(column, keep=False)]
+    return shared.sort_values(
+        column, key=lambda names: names.map(_first_seen(names)), kind="stable"
+    )
+
+
+def conflicting(index):
+    """Return the rows whose frame lies in two class folders, in groups."""
+    labels = index.groupby("same_frame").label.transform("nunique")
+    return related(index[labels > 1])
+
+
+def _first_seen(names):
+    return {name: position for position, name in enumerate(dict.fromkeys(names))}
+
+
+def assign_folds(index, seed=0):
+    """Deal the groups into five folds, stratified by label.
+
+    Args:
+        index: DataFrame with `label`, `group` and `objection`.
+        seed: of the shuffle.
+
+    Returns:
+        int Series, 0 to 4 like `index`; -1 for the `multiclass` images, which no split uses.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    fold = pd.Series(-1, index=index.index)
+    kept = index[index.objection != "multiclass"]
+    dealer = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=seed)
+    for number, (_, held_out) in enumerate(dealer.split(kept, kept.label, kept.group)):
+        fold.loc[kept.index[held_out]] = number
+    return fold
+
+
+def split(index, fold=0, seed=0):
+    """Split by group: fold `fold` is test, the next is validation, three train.
+
+    The images whose frame lies in two class folders (objection `multiclass`) are dropped.
+
+    Returns:
+        DataFrame: `index` with a column `subset` ("train", "val" or "test"), no group in two.
+
+    Raises:
+        ValueError: `fold` is not 0 to 4.
+    """
+    if fold not in range(N_FOLDS):
+        raise ValueError(f"fold {fold!r} is not one of 0 to {N_FOLDS - 1}")
+    folds = index.fold if seed == 0 and "fold" in index else assign_folds(index, seed)
+    kept = index[folds >= 0].copy()
+    distance = (folds[folds >= 0] - fold) % N_FOLDS
+    kept["subset"] = distance.map({0: "test", 1: "val"}).fillna("train")
+    return kept
+
+
+def scored(index, subset="test", limit=0):
+    """Return the images that a score counts: the first image of each group of a subset.
+
+    Args:
+        index: DataFrame from `split`.
+        subset: "train", "val" or "test".
+        limit: at most this many images, spread evenly over the subset; 0 means all.
+    """
+    rows = index[index.subset == subset].drop_duplicates("group").reset_index(drop=True)
+    if limit and limit < len(rows):
+        rows = rows.iloc[np.linspace(0, len(rows) - 1, limit).astype(int)].reset_index(drop=True)
+    return rows
+
+
+def lesions(index):
+    """Return the rows that show a lesion: benign and malignant."""
+    return index[index.label != "normal"].reset_index(drop=True)
+
+
+def random_split_leak(index, column="group", test_share=0.2, repeats=200, seed=0):
+    """Share of test images with a relative in training, under random image-level splits.
+
+    Args:
+        index: DataFrame from `load_index`.
+        column: what makes two images relatives: "group" or "same_frame".
+        test_share: share of the images that a split holds out.
+        repeats: number of random splits.
+        seed: of the splits.
+
+    Returns:
+        float (repeats,), each between 0 and 1.
+    """
+    generator = np.random.default_rng(seed)
+    groups = index[column].to_numpy()
+    n_test = round(test_share * len(groups))
+    shares = np.empty(repeats)
+    for repeat in range(repeats):
+        order = generator.permutation(len(groups))
+        shares[repeat] = np.isin(groups[order[:n_test]], groups[order[n_test:]]).mean()
+    return shares
+
+
+def signature(rows):
+    """Return a hash of the pixels, masks and names of `rows`, the same however files are stored."""
+    digest = hashlib.sha256()
+    for row in rows.itertuples():
+        image = read_image(row.image_path)
+        digest.update(json.dumps([row.image_id, row.group, image.shape]).encode())
+        digest.update(image.tobytes())
+        digest.update(np.packbits(read_mask(row.mask_paths, image.shape)).tobytes())
+    return digest.hexdigest()[:16]

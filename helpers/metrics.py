@@ -1,0 +1,309 @@
+"""Scores for outlines and for classes, with a rule for every empty case, and their intervals.
+
+The pixel metrics are MONAI's, the class metrics scikit-learn's, the bootstrap SciPy's. What stands
+here is what they leave open: what an empty mask is worth, and what counts as one observation.
+"""
+
+import warnings
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from helpers import data, prompts
+
+OVERLAP = ("dice", "iou", "precision", "recall", "pixel_accuracy")
+SEGMENTATION = (*OVERLAP, "hd95", "nsd")
+SPECK = 20  # pixels; a smaller component of the truth is a slip of the annotator's pen
+NSD_TOLERANCE = 2  # pixels
+
+
+def segmentation(predicted, truth, surface=True):
+    """Score one outline against the truth.
+
+    Args:
+        predicted: bool (H, W).
+        truth: bool (H, W); components (8-connected) under 20 pixels are dropped as specks.
+        surface: compute `hd95` and `nsd` too, which takes ten times as long as the rest.
+
+    Returns:
+        dict of float: `dice`, `iou`, `precision`, `recall`, `pixel_accuracy` (0 to 1), `hd95` (the
+        95th percentile of the Hausdorff distance, pixels) and `nsd` (normalised surface Dice at a
+        tolerance of 2 pixels, 0 to 1). Both masks empty: all are 1 and hd95 is 0. One empty: all
+        but the pixel accuracy are 0 and hd95 is the image's diagonal.
+
+    Raises:
+        ValueError: the masks are not two bool arrays of one (H, W) shape.
+    """
+    for name, mask in (("predicted", predicted), ("truth", truth)):
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.ndim != 2:
+            found = f"{getattr(mask, 'dtype', type(mask))} {getattr(mask, 'shape', '')}"
+            raise ValueError(f"{name} must be a bool mask (H, W), not {found}; threshold it first")
+    if predicted.shape != truth.shape:
+        raise ValueError(
+            f"predicted is {predicted.shape}, truth {truth.shape}; score at the image's own size"
+        )
+    truth = drop_specks(truth)
+    pixel_accuracy = float((predicted == truth).mean())
+    if predicted.any() and truth.any():
+        scores = _overlap(predicted, truth) | {"pixel_accuracy": pixel_accuracy}
+        return scores | _surface(predicted, truth) if surface else scores
+    agree = predicted.any() == truth.any()
+    scores = dict.fromkeys(SEGMENTATION if surface else OVERLAP, float(agree))
+    scores["pixel_accuracy"] = pixel_accuracy
+    if surface:
+        scores["hd95"] = 0.0 if agree else float(np.hypot(*truth.shape))
+    return scores
+
+
+def drop_specks(mask):
+    """Return a bool (H, W) mask without its 8-connected components of under 20 pixels."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    large = stats[:, cv2.CC_STAT_AREA] >= SPECK
+    large[0] = False  # the background
+    return large[labels]
+
+
+def _overlap(predicted, truth):
+    from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
+
+    counts = get_confusion_matrix(_batch(predicted), _batch(truth))
+    names = {
+        "dice": "f1 score",
+        "iou": "threat score",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    return {
+        ours: float(compute_confusion_matrix_metric(theirs, counts))
+        for ours, theirs in names.items()
+    }
+
+
+def _surface(predicted, truth):
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    with warnings.catch_warnings():
+        # MONAI 1.5 and 1.6 warn of an argument that MONAI itself passes.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
+        hd95 = compute_hausdorff_distance(
+            _batch(predicted), _batch(truth), include_background=True, percentile=95
+        )
+        nsd = compute_surface_dice(
+            _batch(predicted), _batch(truth), [NSD_TOLERANCE], include_background=True
+        )
+    return {"hd95": float(hd95), "nsd": float(nsd)}
+
+
+def _batch(mask):
+    import torch
+
+    # Not bool: MONAI counts true positives as predicted + truth == 2, which bools never reach.
+    return torch.tensor(mask, dtype=torch.float32)[None, None]
+
+
+def score(rows, masks, surface=True):
+    """Score predicted masks image by image, each at its image's own size.
+
+    Args:
+        rows: DataFrame as from `helpers.data.scored`.
+        masks: dict from image_id to bool (H, W), one for each row.
+        surface: as for `segmentation`.
+
+    Returns:
+        DataFrame, one row per image: `image_id`, `label`, `group`, `source` and the metrics of
+        `segmentation`.
+
+    Raises:
+        KeyError: a row has no mask; nothing is left out of a mean in silence.
+    """
+    missing = [name for name in rows.image_id if name not in masks]
+    if missing:
+        raise KeyError(f"no prediction for {len(missing)} images: {missing[:5]}; predict them too")
+    scores = []
+    for row in rows.itertuples():
+        predicted = masks[row.image_id]
+        truth = data.read_mask(row.mask_paths, predicted.shape)
+        scores.append(segmentation(predicted, truth, surface))
+    columns = rows[["image_id", "label", "group", "source"]].reset_index(drop=True)
+    return columns.join(pd.DataFrame(scores))
+
+
+def summary(scores, metrics=SEGMENTATION, seed=0):
+    """Summarise per-image scores: the mean of each metric with its 95 % interval.
+
+    Args:
+        scores: DataFrame from `score`.
+        metrics: columns to summarise.
+        seed: of the bootstrap.
+
+    Returns:
+        DataFrame, one row per set of images (all, then each label) and metric, with `images`,
+        `groups`, `mean`, `median`, `low` and `high`.
+    """
+    sets = {"all": scores} | {name: scores[scores.label == name] for name in data.LABELS}
+    table = []
+    for name, part in sets.items():
+        for metric in metrics if len(part) else ():  # a set without images has no row
+            low, high = bootstrap_interval(part[metric], part.group, seed=seed)
+            table.append(
+                {
+                    "set": name,
+                    "metric": metric,
+                    "images": len(part),
+                    "groups": part.group.nunique(),
+                    "mean": part[metric].mean(),
+                    "median": part[metric].median(),
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return pd.DataFrame(table)
+
+
+def summary_table(scores, metrics=("dice", "iou", "hd95", "nsd"), seed=0):
+    """Lay `summary` out for reading: one row per set of images, "mean [low, high]" per metric."""
+    table = summary(scores, metrics, seed)
+    digits = table.metric.map(lambda metric: 1 if metric == "hd95" else 3)
+    table["text"] = [
+        f"{row.mean:.{n}f} [{row.low:.{n}f}, {row.high:.{n}f}]"
+        for row, n in zip(table.itertuples(index=False), digits)
+    ]
+    order = list(dict.fromkeys(table.set))
+    wide = table.pivot(index="set", columns="metric", values="text").loc[order, list(metrics)]
+    wide.insert(0, "images", table.drop_duplicates("set").set_index("set").images)
+    return wide.rename_axis(index=None, columns=None)
+
+
+def bootstrap_interval(values, groups=None, level=0.95, seed=0):
+    """Percentile bootstrap interval of a mean, resampling groups and not images.
+
+    Args:
+        values: float (N,).
+        groups: (N,) labels; the images of one group are drawn together. None: each on its own.
+        level: coverage, between 0 and 1.
+        seed: of the 9999 resamples.
+
+    Returns:
+        (low, high); the mean twice where a single group is left.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    from scipy.stats import bootstrap
+
+    values = np.asarray(values, dtype=float)
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"an interval needs finite values; these are {values.size}: {values[:5]}")
+    groups = np.arange(values.size) if groups is None else pd.factorize(np.asarray(groups))[0]
+    totals, counts = np.bincount(groups, values), np.bincount(groups)
+    if totals.size == 1:
+        return float(values.mean()), float(values.mean())
+
+    def mean(totals, counts, axis=-1):
+        return totals.sum(axis=axis) / counts.sum(axis=axis)
+
+    interval = bootstrap(
+        (totals, counts),
+        mean,
+        paired=True,
+        vectorized=True,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def jitter_curve(
+    rows, boxes, predict, name, pixels=(0, 5, 10, 15, 20, 25, 30), seed=0, inward=False
+):
+    """Mean Dice against the size of the box error.
+
+    Args:
+        rows: DataFrame as from `helpers.data.scored`.
+        boxes: dict from image_id to the box of the truth.
+        predict: function from a dict of boxes to a dict of bool (H, W) masks.
+        name: of the line.
+        pixels: largest shift of each side, one point of the curve each.
+        seed: of the jitter and of the intervals.
+        inward: as for `helpers.prompts.jitter_box`.
+
+    Returns:
+        DataFrame with `pixels`, `name`, `mean`, `low`, `high` and `source`.
+    """
+    points = []
+    for shift in pixels:
+        masks = predict(prompts.jitter_boxes(rows, boxes, shift, seed, inward))
+        scores = score(rows, masks, surface=False)
+        low, high = bootstrap_interval(scores.dice, scores.group, seed=seed)
+        points.append({"pixels": shift, "mean": scores.dice.mean(), "low": low, "high": high})
+    return pd.DataFrame(points).assign(name=name, source=rows.source.iloc[0])
+
+
+def classification(probabilities, labels):
+    """Score class probabilities.
+
+    Args:
+        probabilities: float (N, 3), columns in the order of `helpers.data.LABELS`, rows sum to 1.
+        labels: (N,) of "normal", "benign" or "malignant".
+
+    Returns:
+        dict of float: `accuracy`, `balanced_accuracy`, `macro_auc` (one against rest),
+        `recall_<label>`, `sensitivity` and `specificity` of "malignant", and `calibration_error`
+        (expected, 10 bins of the top probability). What a missing class leaves undefined is NaN,
+        and a warning says so.
+
+    Raises:
+        ValueError: shapes that do not fit, a label outside the three, rows that are no
+            probabilities.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    probabilities, labels = np.asarray(probabilities, dtype=float), np.asarray(labels)
+    if probabilities.shape != (len(labels), len(data.LABELS)) or not len(labels):
+        raise ValueError(
+            f"probabilities are {probabilities.shape} for {len(labels)} labels; expected (N, 3)"
+        )
+    if not set(labels) <= set(data.LABELS):
+        raise ValueError(
+            f"labels {sorted(set(labels) - set(data.LABELS))} are none of {data.LABELS}"
+        )
+    if not (probabilities >= 0).all() or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-4):
+        raise ValueError("each row of probabilities must be non-negative and sum to 1")
+    truth = np.array([data.LABELS.index(label) for label in labels])
+    predicted = probabilities.argmax(axis=1)
+    recall = {
+        f"recall_{name}": float((predicted[truth == k] == k).mean())
+        if (truth == k).any()
+        else np.nan
+        for k, name in enumerate(data.LABELS)
+    }
+    absent = [name for k, name in enumerate(data.LABELS) if not (truth == k).any()]
+    if absent:
+        warnings.warn(
+            f"no image is {' or '.join(absent)}: macro AUC and its recall are undefined (NaN)",
+            stacklevel=2,
+        )
+        auc = np.nan
+    else:
+        auc = float(roc_auc_score(truth, probabilities, multi_class="ovr", average="macro"))
+    malignant = truth == data.LABELS.index("malignant")
+    said_benign = predicted != data.LABELS.index("malignant")
+    return {
+        "accuracy": float((predicted == truth).mean()),
+        "balanced_accuracy": float(np.nanmean(list(recall.values()))),
+        "macro_auc": auc,
+        **recall,
+        "sensitivity": recall["recall_malignant"],
+        "specificity": float(said_benign[~malignant].mean()) if (~malignant).any() else np.nan,
+        "calibration_error": _calibration_error(probabilities, predicted == truth),
+    }
+
+
+def _calibration_error(probabilities, correct, bins=10):
+    """Expected calibration error: C. Guo et al., ICML 2017."""
+    confidence = probabilities.max(axis=1)
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, correct, bins) - np.bincount(which, confidence, bins)
+    return float(np.abs(gaps).sum() / len(correct))

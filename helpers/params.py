@@ -1,0 +1,67 @@
+"""Notebook settings that the environment can override: `EPOCHS = param("EPOCHS", 20)`."""
+
+import difflib
+import os
+
+PREFIX = "NB_"
+
+# Every setting of every notebook. A name that is not here is a misspelling.
+SETTINGS = {
+    "DATA": "which images: 'auto' (BUSI, else the synthetic phantom), 'busi' or 'synthetic'",
+    "SYNTHETIC_IMAGES": "images per class of the synthetic phantom",
+    "LIMIT": "score at most this many held-out images, spread over the fold; 0 means all",
+    "FOLD": "which of the five folds is the test fold, 0 to 4",
+    "SEED": "seed of everything random",
+    "CHECKPOINT": "weights: 'lite-medsam', a Hub id, a local folder or 'tiny'",
+    "DRAW": "show the widget to draw a box on; no where nobody is there to draw",
+    "RESULTS": "folder for result files; empty means the repository's results/",
+}
+
+
+def param(name, default):
+    """Return the setting `name`: `$NB_<name>` in the type of `default`, else `default`.
+
+    Args:
+        name: one of `SETTINGS`.
+        default: the value without an override; its type (bool, int, float or str) is the
+            setting's type.
+
+    Raises:
+        KeyError: `name` is not in `SETTINGS`.
+        ValueError: an `NB_` variable is misspelt, or its text does not fit the type.
+    """
+    if name not in SETTINGS:
+        raise KeyError(
+            f"unknown setting {name!r}{_suggest(name)}; add it to helpers.params.SETTINGS"
+        )
+    for variable in os.environ:
+        if variable.startswith(PREFIX) and variable.removeprefix(PREFIX) not in SETTINGS:
+            known = ", ".join(PREFIX + setting for setting in SETTINGS)
+            raise ValueError(
+                f"the environment sets {variable}, which no notebook reads"
+                f"{_suggest(variable.removeprefix(PREFIX), PREFIX)}; unset it or use one of {known}"
+            )
+    text = os.environ.get(PREFIX + name)
+    if text is None:
+        return default
+    try:
+        return _parse(text, type(default))
+    except ValueError:
+        raise ValueError(
+            f"{PREFIX}{name}={text!r} is not of type {type(default).__name__}; "
+            f"{SETTINGS[name]} (default {default!r})"
+        ) from None
+
+
+def _parse(text, kind):
+    if kind is bool:
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError
+        return words[text.lower()]
+    return kind(text)
+
+
+def _suggest(name, prefix=""):
+    close = difflib.get_close_matches(name, SETTINGS, n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""

@@ -1,0 +1,307 @@
+"""Every figure of the notebooks. A figure of phantoms says "synthetic" in its title.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from helpers import data
+
+LABEL_COLOURS = {"normal": "#0072B2", "benign": "#009E73", "malignant": "#D55E00"}
+TRUTH, PREDICTION, BOX = "#009E73", "#E69F00", "#56B4E9"
+METRIC_TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "precision": "precision",
+    "recall": "recall",
+    "pixel_accuracy": "pixel accuracy",
+    "hd95": "HD95 (pixels)",
+    "nsd": "NSD at 2 px",
+}
+
+
+def label_counts(index):
+    """Bars: images per label, and how many are left once groups count once."""
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    positions = np.arange(len(data.LABELS))
+    images = index.label.value_counts().reindex(data.LABELS)
+    groups = index.groupby("label").group.nunique().reindex(data.LABELS)
+    colours = [LABEL_COLOURS[label] for label in data.LABELS]
+    axes.bar_label(axes.bar(positions - 0.2, images, 0.38, color=colours, label="images"))
+    axes.bar_label(
+        axes.bar(positions + 0.2, groups, 0.38, color=colours, alpha=0.45, label="groups")
+    )
+    axes.set_xticks(positions, data.LABELS)
+    axes.set_ylabel("count (full: images, pale: groups)")
+    axes.margins(y=0.12)
+    return _finish(figure, index, "Images and groups per label")
+
+
+def image_sizes(index):
+    """Scatter: width against height of every image, by label."""
+    figure, axes = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
+    for label, part in index.groupby("label"):
+        axes.scatter(
+            part.width, part.height, s=12, alpha=0.6, color=LABEL_COLOURS[label], label=label
+        )
+    limit = max(index.width.max(), index.height.max()) * 1.05
+    axes.plot([0, limit], [0, limit], color="grey", linewidth=0.8, linestyle=":", label="square")
+    axes.set(xlabel="width (pixels)", ylabel="height (pixels)", xlim=(0, limit), ylim=(0, limit))
+    axes.legend(frameon=False)
+    return _finish(figure, index, "Image sizes")
+
+
+def lesion_areas(index):
+    """Histograms: the share of the image that lesions cover, by label."""
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    bins = np.geomspace(0.1, 100, 37)
+    for label in ("benign", "malignant"):
+        shares = 100 * index.area_share[index.label == label]
+        axes.hist(shares, bins, alpha=0.6, color=LABEL_COLOURS[label], label=label)
+        axes.axvline(shares.median(), color=LABEL_COLOURS[label], linestyle="--")
+    axes.set(xscale="log", xlabel="lesion area (% of the image)", ylabel="images")
+    axes.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+    axes.legend(frameon=False, title="dashed: median")
+    return _finish(figure, index, "Lesion areas")
+
+
+def gallery(rows, title, captions=None, columns=4):
+    """Images with the outline of their truth, the rows in reading order.
+
+    Args:
+        rows: rows of an index.
+        title: of the figure.
+        captions: one text per row; by default the image id.
+        columns: images side by side.
+    """
+    figure, cells = _grid(len(rows), columns)
+    for cell, row, caption in zip(cells, rows.itertuples(), captions or rows.image_id):
+        image = data.read_image(row.image_path)
+        cell.imshow(image)
+        _contour(cell, data.read_mask(row.mask_paths, image.shape), TRUTH)
+        cell.set_title(caption, fontsize=9)
+    return _finish(figure, rows, title)
+
+
+def groups_side_by_side(rows, title, column="same_frame"):
+    """Images that belong together, one group per line.
+
+    Args:
+        rows: rows of an index, whole groups.
+        title: of the figure.
+        column: what makes a group: "same_frame" or "group".
+    """
+    groups = [part for _, part in rows.groupby(column, sort=False)]
+    width = max(len(part) for part in groups)
+    figure, cells = _grid(len(groups) * width, width)
+    for number, part in enumerate(groups):
+        for cell, row in zip(cells[number * width :], part.itertuples()):
+            image = data.read_image(row.image_path)
+            cell.imshow(image)
+            _contour(cell, data.read_mask(row.mask_paths, image.shape), LABEL_COLOURS[row.label])
+            cell.set_title(row.image_id, fontsize=9, color=LABEL_COLOURS[row.label])
+    return _finish(figure, rows, title)
+
+
+def annotation_counts(index):
+    """Bars: how many images of each label carry each kind of burned-in mark."""
+    kinds = index.annotation.str.get_dummies("&").groupby(index.label).sum().reindex(data.LABELS)
+    kinds = kinds.reindex(kinds.sum().sort_values(ascending=False).index, axis=1)
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    bottom = np.zeros(kinds.shape[1])
+    for label, counts in kinds.iterrows():
+        axes.bar(kinds.columns, counts, bottom=bottom, color=LABEL_COLOURS[label], label=label)
+        bottom += counts.to_numpy()
+    axes.set_ylabel("images")
+    axes.legend(frameon=False)
+    return _finish(figure, index, "What is burned into the images")
+
+
+def leak_histogram(index, shares_by_name):
+    """Histograms: the share of test images with a relative in training, over random splits.
+
+    Args:
+        index: names the data set.
+        shares_by_name: dict from a legend text to float (repeats,).
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for (name, shares), colour in zip(shares_by_name.items(), (PREDICTION, BOX)):
+        axes.hist(100 * shares, bins=24, alpha=0.7, color=colour, label=name)
+    axes.axvline(0, color=TRUTH, linewidth=3, label="the grouped split")
+    axes.set(xlabel="test images with a relative in training (%)", ylabel="random splits")
+    axes.legend(frameon=False)
+    return _finish(figure, index, "What a random split leaks")
+
+
+def split_counts(index):
+    """Stacked bars: images per subset and label of a split."""
+    figure, axes = plt.subplots(figsize=(7, 2.2), layout="constrained")
+    subsets = ["test", "val", "train"]
+    counts = index.groupby(["subset", "label"]).size().unstack(fill_value=0).loc[subsets]
+    left = np.zeros(len(subsets))
+    for label in data.LABELS:
+        bars = axes.barh(subsets, counts[label], left=left, color=LABEL_COLOURS[label], label=label)
+        axes.bar_label(bars, label_type="center", color="white")
+        left += counts[label].to_numpy()
+    axes.set_xlabel("images")
+    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    return _finish(figure, index, "The grouped split")
+
+
+def outlines(rows, masks, title, boxes=None, scores=None, columns=3):
+    """Images with the outline of the truth, of the prediction, and the prompting box.
+
+    Args:
+        rows: rows of an index, in reading order.
+        masks: dict from image_id to bool (H, W).
+        title: of the figure.
+        boxes: dict from image_id to (4,), or None.
+        scores: DataFrame from `helpers.metrics.score`; its Dice goes into the captions.
+        columns: images side by side.
+    """
+    figure, cells = _grid(len(rows), columns)
+    dice = {} if scores is None else dict(zip(scores.image_id, scores.dice))
+    for cell, row in zip(cells, rows.itertuples()):
+        image = data.read_image(row.image_path)
+        cell.imshow(image)
+        _contour(cell, data.read_mask(row.mask_paths, image.shape), TRUTH)
+        _contour(cell, masks[row.image_id], PREDICTION)
+        if boxes:
+            _rectangle(cell, boxes[row.image_id])
+        caption = f"{row.image_id}, Dice {dice[row.image_id]:.2f}" if dice else row.image_id
+        cell.set_title(caption, fontsize=9)
+    handles = [plt.Line2D([], [], color=TRUTH, label="truth")]
+    handles += [plt.Line2D([], [], color=PREDICTION, label="prediction")]
+    handles += [plt.Line2D([], [], color=BOX, linestyle="--", label="box")] if boxes else []
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return _finish(figure, rows, title)
+
+
+def from_image_to_mask(row, box, probability):
+    """Three panels: the image with its box, the probability, the outline beside the truth."""
+    image = data.read_image(row.image_path)
+    figure, cells = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    for cell, caption in zip(cells, ("image and box", "probability", "truth and prediction")):
+        cell.imshow(image)
+        cell.set_title(caption, fontsize=9)
+        cell.set_axis_off()
+    _rectangle(cells[0], box)
+    shown = cells[1].imshow(probability, cmap="magma", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=cells[1], shrink=0.8)
+    _contour(cells[2], data.read_mask(row.mask_paths, image.shape), TRUTH)
+    _contour(cells[2], probability > 0.5, PREDICTION)
+    return _finish(figure, row, row.image_id)
+
+
+def score_strips(scores_by_name, metric="dice"):
+    """Per-image scores as dots, with the mean of each label as a bar, one panel per name.
+
+    Args:
+        scores_by_name: dict from a panel's title to a DataFrame from `helpers.metrics.score`.
+        metric: a metric of `helpers.metrics.segmentation`.
+    """
+    scores = list(scores_by_name.values())
+    figure, cells = plt.subplots(
+        1, len(scores), figsize=(3.6 * len(scores), 3.6), sharey=True, layout="constrained"
+    )
+    generator = np.random.default_rng(0)
+    for cell, (name, part) in zip(np.atleast_1d(cells), scores_by_name.items()):
+        labels = [label for label in data.LABELS if (part.label == label).any()]
+        for position, label in enumerate(labels):
+            values = part[metric][part.label == label]
+            spread = position + generator.uniform(-0.2, 0.2, len(values))
+            cell.scatter(spread, values, s=12, alpha=0.6, color=LABEL_COLOURS[label])
+            cell.hlines(values.mean(), position - 0.3, position + 0.3, color="black", linewidth=2)
+        cell.set_xticks(range(len(labels)), labels)
+        cell.set_xlim(-0.5, len(labels) - 0.5)
+        cell.set_title(name, fontsize=10)
+    np.atleast_1d(cells)[0].set_ylabel(METRIC_TITLES[metric])
+    return _finish(figure, scores[0], f"{METRIC_TITLES[metric]} per image (bar: mean)")
+
+
+def jitter_curve(curve):
+    """Mean Dice with its interval against the size of the box error.
+
+    Args:
+        curve: DataFrame with `pixels`, `name` (one line each), `mean`, `low`, `high` and `source`.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    colours = (PREDICTION, LABEL_COLOURS["normal"], "#999999", "#CC79A7")
+    for (name, line), colour in zip(curve.groupby("name", sort=False), colours):
+        axes.plot(line.pixels, line["mean"], marker="o", color=colour, label=name)
+        axes.fill_between(line.pixels, line.low, line.high, alpha=0.2, color=colour, linewidth=0)
+    axes.set(xlabel="largest shift of each side of the box (pixels)", ylabel="mean Dice")
+    axes.legend(frameon=False)
+    return _finish(figure, curve, "How much a careless box costs (band: 95 % interval)")
+
+
+def comparison(results):
+    """Mean Dice of each result row with its interval, sorted within its prompt.
+
+    Args:
+        results: DataFrame from `helpers.results.load_all`, rows of one data set and fold.
+    """
+    rows = results.sort_values(["prompt", "all_dice"]).reset_index(drop=True)
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.42 * len(rows)), layout="constrained")
+    looks = dict(zip(sorted(rows.prompt.unique()), (PREDICTION, BOX, TRUTH, "#CC79A7")))
+    for position, row in rows.iterrows():
+        colour = looks[row.prompt]
+        axes.plot([row.all_dice_low, row.all_dice_high], [position] * 2, color=colour, linewidth=3)
+        axes.plot(row.all_dice, position, "o", color=colour, markersize=7)
+        axes.annotate(
+            f"{row.all_dice:.3f}",
+            (row.all_dice, position),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(rows)), [f"{row.model}\n{row.prompt}" for row in rows.itertuples()])
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_ylim(-0.6, len(rows) - 0.3)
+    axes.set_xlabel("mean Dice over held-out lesion images, 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
+    return _finish(figure, rows, "Lesion outlines on the held-out fold")
+
+
+def _finish(figure, rows, title):
+    """Title a figure; whatever shows phantoms says so."""
+    source = rows.source if isinstance(rows.source, str) else rows.source.iloc[0]
+    figure.suptitle(f"{title} (synthetic phantom)" if source == "synthetic" else title, fontsize=12)
+    plt.close(figure)  # the notebook shows what the cell returns; an open figure would show twice
+    return figure
+
+
+def _grid(count, columns):
+    rows = -(-count // columns)
+    figure, cells = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.8 * columns, 2.6 * rows + 0.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    for cell in cells.flat:
+        cell.set_axis_off()
+    return figure, cells.ravel()
+
+
+def _contour(axes, mask, colour):
+    if mask.any() and not mask.all():
+        axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.6)
+
+
+def _rectangle(axes, box):
+    x_min, y_min, x_max, y_max = (float(side) for side in box)
+    axes.add_patch(
+        plt.Rectangle(
+            (x_min - 0.5, y_min - 0.5),
+            x_max - x_min + 1,
+            y_max - y_min + 1,
+            fill=False,
+            edgecolor=BOX,
+            linestyle="--",
+            linewidth=1.4,
+        )
+    )

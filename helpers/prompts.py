@@ -1,0 +1,147 @@
+"""From a lesion mask to the box that prompts SAM, and the baseline that uses the box alone."""
+
+import io
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from helpers import data
+
+
+def mask_to_box(mask):
+    """Return the tightest box around a mask.
+
+    Args:
+        mask: bool (H, W).
+
+    Returns:
+        float32 (4,): x_min, y_min, x_max, y_max in pixels, inclusive: a lesion that fills the
+        image gives 0, 0, W - 1, H - 1. Several lesions share one box.
+
+    Raises:
+        ValueError: the mask is empty; a normal image has no box.
+    """
+    mask = np.asarray(mask, dtype=bool)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if rows.size == 0:
+        raise ValueError("the mask is empty, so it has no box; leave normal images out")
+    return np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=np.float32)
+
+
+def truth_boxes(rows):
+    """Return a dict from image_id to the box of the truth, for rows of lesion images."""
+    return {row.image_id: mask_to_box(data.read_truth(row)) for row in rows.itertuples()}
+
+
+def jitter_boxes(rows, boxes, pixels, seed=0, inward=False):
+    """Jitter the boxes of many images: `jitter_box` for each row."""
+    return {
+        row.image_id: jitter_box(
+            boxes[row.image_id], data.image_shape(row), pixels, row.image_id, seed, inward
+        )
+        for row in rows.itertuples()
+    }
+
+
+def jitter_box(box, shape, pixels, key, seed=0, inward=False):
+    """Move each side of a box by its own random distance, as a hasty hand would.
+
+    Args:
+        box: (4,) x_min, y_min, x_max, y_max in pixels.
+        shape: (H, W) of the image; the box stays inside it.
+        pixels: the largest distance; each side moves by a uniform 0 to `pixels`, outwards. MedSAM
+            trains with 20 (J. Ma et al., Nature Communications 15 (2024) 654).
+        key: names the image, so that its jitter does not hang on which others are scored.
+        seed: of the jitter.
+        inward: each side moves by -`pixels` to `pixels` instead, so that it may cut the lesion.
+
+    Returns:
+        float32 (4,), at least 2 pixels wide and high.
+    """
+    generator = np.random.default_rng([seed, zlib.crc32(str(key).encode())])
+    outwards = generator.uniform(-1 if inward else 0, 1, size=4) * pixels
+    x_min, y_min, x_max, y_max = np.asarray(box) + outwards * [-1, -1, 1, 1]
+    return np.array(
+        [*_inside(x_min, x_max, shape[1]), *_inside(y_min, y_max, shape[0])], dtype=np.float32
+    )[[0, 2, 1, 3]]
+
+
+def _inside(low, high, length):
+    """Clip an interval to 0..length - 1 and keep it at least one pixel long."""
+    middle = np.clip((low + high) / 2, 0.5, length - 1.5)
+    return np.clip(min(low, middle - 0.5), 0, None), np.clip(
+        max(high, middle + 0.5), None, length - 1
+    )
+
+
+def fill_ellipses(rows, boxes):
+    """Return a dict from image_id to the box's ellipse: `fill_ellipse` for each row."""
+    return {
+        row.image_id: fill_ellipse(boxes[row.image_id], data.image_shape(row))
+        for row in rows.itertuples()
+    }
+
+
+def fill_ellipse(box, shape):
+    """Fill a box with its ellipse: what a score is worth when nobody looks at the image.
+
+    Args:
+        box: (4,) x_min, y_min, x_max, y_max in pixels, inclusive.
+        shape: (H, W) of the mask to return.
+
+    Returns:
+        bool (H, W).
+    """
+    x_min, y_min, x_max, y_max = (float(side) for side in box)
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    across = (x - (x_min + x_max) / 2) / ((x_max - x_min + 1) / 2)
+    down = (y - (y_min + y_max) / 2) / ((y_max - y_min + 1) / 2)
+    return across**2 + down**2 <= 1
+
+
+def draw_box(image, box, enabled=True):
+    """Show an image on which the reader drags or redraws a box.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        box: (4,) that is there at the start.
+        enabled: False where nobody is there to draw; then there is no widget.
+
+    Returns:
+        BBoxWidget, to be the last line of a cell, or None.
+    """
+    if not enabled:
+        return None
+    from jupyter_bbox_widget import BBoxWidget
+
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "PNG")
+    x_min, y_min, x_max, y_max = (float(side) for side in box)
+    start = {"x": x_min, "y": y_min, "width": x_max - x_min, "height": y_max - y_min}
+    return BBoxWidget(
+        image_bytes=encoded.getvalue(),
+        classes=["lesion"],
+        bboxes=[start | {"label": "lesion"}],
+        hide_buttons=True,
+    )
+
+
+def drawn_box(widget, shape, default):
+    """Return the last box of a `draw_box` widget, clipped to the image.
+
+    Args:
+        widget: from `draw_box`, or None.
+        shape: (H, W) of the image.
+        default: (4,) for no widget, or for one whose boxes the reader has deleted.
+
+    Returns:
+        float32 (4,): x_min, y_min, x_max, y_max in pixels.
+    """
+    if widget is None or not widget.bboxes:
+        return np.asarray(default, dtype=np.float32)
+    last = widget.bboxes[-1]
+    corners = [last["x"], last["y"], last["x"] + last["width"], last["y"] + last["height"]]
+    height, width = shape[:2]
+    limits = [width - 1, height - 1, width - 1, height - 1]
+    return np.clip(np.array(corners, dtype=np.float32), 0, limits).astype(np.float32)

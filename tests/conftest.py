@@ -1,0 +1,39 @@
+"""Settings for the notebooks that pytest runs, and the small phantom set that the tests share."""
+
+import os
+import tempfile
+
+import pytest
+
+# nbval's kernels inherit these. A notebook's own text is never rewritten.
+os.environ |= {
+    "NB_DATA": "synthetic",
+    "NB_SYNTHETIC_IMAGES": "8",
+    "NB_CHECKPOINT": "tiny",
+    "NB_LIMIT": "6",
+    "NB_DRAW": "no",
+    "NB_RESULTS": tempfile.mkdtemp(prefix="results-"),
+}
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    """Root of a synthetic set with 8 images per class."""
+    from helpers.synthetic import make_busi
+
+    return make_busi(tmp_path_factory.mktemp("phantom") / "busi", 8)
+
+
+@pytest.fixture(scope="session")
+def index(phantom):
+    from helpers import data
+
+    return data.load_index(phantom)
+
+
+@pytest.fixture
+def phantom_copy(phantom, tmp_path):
+    """The same set, free to be damaged."""
+    import shutil
+
+    return shutil.copytree(phantom, tmp_path / "busi")

@@ -1,0 +1,370 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from helpers import data
+
+busi = pytest.mark.skipif("BUSI_DIR" not in os.environ, reason="real BUSI: set BUSI_DIR")
+TABLE = pd.read_csv(data.resources.files("helpers") / "busi_groups.csv", keep_default_na=False)
+
+
+def table_index():
+    """The packaged table as an index without paths."""
+    return TABLE.rename(columns={"image": "image_id", "class": "label", "group_extended": "group"})
+
+
+# The group table and the split
+
+
+def test_table_holds_busi():
+    assert TABLE["class"].value_counts().to_dict() == {
+        "benign": 437,
+        "malignant": 210,
+        "normal": 133,
+    }
+    assert TABLE.n_masks.sum() == 798
+    assert (TABLE.n_masks > 1).sum() == 17
+    assert TABLE.group_same_frame.nunique() == 593
+    assert TABLE.group_extended.nunique() == 555
+
+
+def test_stored_folds_are_what_scikit_learn_deals():
+    assert TABLE.fold.tolist() == data.assign_folds(table_index()).tolist()
+
+
+@pytest.mark.parametrize("fold", range(data.N_FOLDS))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_group_crosses_subsets(fold, seed):
+    split = data.split(table_index(), fold, seed)
+    assert split.groupby("group").subset.nunique().max() == 1
+    assert len(split) == 780 - 19
+    assert "multiclass" not in set(split.objection)
+    shares = split.subset.value_counts(normalize=True)
+    assert shares["test"] == pytest.approx(0.2, abs=0.01)
+    assert shares["val"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_each_image_is_tested_once_over_the_folds():
+    tested = [
+        name
+        for fold in range(data.N_FOLDS)
+        for name in data.split(table_index(), fold).query("subset == 'test'").image_id
+    ]
+    assert len(tested) == len(set(tested)) == 761
+
+
+def test_validation_is_the_next_fold():
+    index = table_index()
+    for fold in range(data.N_FOLDS):
+        split = data.split(index, fold)
+        assert set(split.fold[split.subset == "val"]) == {(fold + 1) % data.N_FOLDS}
+
+
+def test_other_seeds_deal_other_folds():
+    index = table_index()
+    one, two = data.split(index, seed=1), data.split(index, seed=2)
+    assert set(one.image_id[one.subset == "test"]) != set(two.image_id[two.subset == "test"])
+
+
+def test_unknown_fold():
+    with pytest.raises(ValueError, match="fold 5 is not one of 0 to 4"):
+        data.split(table_index(), 5)
+
+
+def test_scored_takes_one_image_per_group_and_spreads_a_limit():
+    split = data.split(table_index())
+    scored = data.scored(split)
+    assert len(scored) == split[split.subset == "test"].group.nunique() == 110
+    few = data.scored(split, limit=6)
+    assert len(few) == 6
+    assert set(few.label) == set(data.LABELS)
+    assert set(few.image_id) <= set(scored.image_id)
+
+
+def test_random_split_leaks_what_the_design_measured():
+    index = table_index().rename(columns={"group_same_frame": "same_frame"})
+    assert data.random_split_leak(index, "same_frame").mean() == pytest.approx(0.37, abs=0.01)
+    assert data.random_split_leak(index, "group").mean() > 0.40
+    assert data.random_split_leak(index, "image_id").max() == 0
+
+
+# The index
+
+
+def test_index_of_the_phantom(index, phantom):
+    assert list(index.columns) == [*data.COLUMNS, "fold"]
+    assert set(index.source) == {"synthetic"}
+    assert index.label.value_counts().to_dict() == dict.fromkeys(data.LABELS, 8)
+    assert (index.mask_paths.map(len) > 1).any()
+    assert all(path.is_file() for path in index.image_path)
+    assert data.load_index(phantom / data.DATASET_FOLDER).equals(index)
+
+
+def test_related_and_conflicting(index):
+    related = data.related(index)
+    assert related.same_frame.value_counts().min() >= 2
+    conflicts = data.conflicting(index)
+    assert set(conflicts.objection) == {"multiclass"}
+    assert conflicts.groupby("same_frame").label.nunique().min() == 2
+
+
+def test_measure(index):
+    rows = data.measure(index.iloc[:3])
+    row = rows.iloc[0]
+    truth = data.read_truth(row)
+    assert (row.height, row.width) == truth.shape == data.read_image(row.image_path).shape[:2]
+    assert row.area_share == truth.sum() / truth.size
+
+
+def test_signature_hangs_on_pixels_masks_and_names_alone(index, tmp_path):
+    rows = index.iloc[:2].copy()
+    before = data.signature(rows)
+    stored_as_rgb = tmp_path / "copy.png"
+    Image.fromarray(data.read_image(rows.image_path.iloc[0])).save(stored_as_rgb)
+    rows["image_path"] = [stored_as_rgb, rows.image_path.iloc[1]]
+    assert data.signature(rows) == before
+    pixels = data.read_image(stored_as_rgb)
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(stored_as_rgb)
+    assert data.signature(rows) != before
+
+
+@busi
+def test_index_of_busi():
+    index = data.load_index()
+    assert len(index) == 780
+    assert index.label.value_counts().to_dict() == {"benign": 437, "malignant": 210, "normal": 133}
+    assert index.mask_paths.map(len).sum() == 798
+    several = index[index.mask_paths.map(len) > 1]
+    assert len(several) == 17
+    for row in several.itertuples():
+        shape = data.image_shape(row)
+        parts = [data.read_mask([path], shape) for path in row.mask_paths]
+        joined = data.read_truth(row)
+        assert np.array_equal(joined, np.logical_or.reduce(parts))
+        assert joined.sum() > max(part.sum() for part in parts)
+
+
+# Finding the data
+
+
+def test_root_and_environment(phantom, monkeypatch):
+    assert data.find_busi(phantom) == phantom / data.DATASET_FOLDER
+    monkeypatch.setenv("BUSI_DIR", str(phantom))
+    assert data.find_busi() == phantom / data.DATASET_FOLDER
+
+
+def test_kagglehub_is_asked_last(phantom, monkeypatch):
+    import kagglehub
+
+    monkeypatch.delenv("BUSI_DIR", raising=False)
+    asked = []
+    monkeypatch.setattr(
+        kagglehub, "dataset_download", lambda handle: asked.append(handle) or phantom
+    )
+    assert data.find_busi() == phantom / data.DATASET_FOLDER
+    assert asked == ["aryashah2k/breast-ultrasound-images-dataset/versions/1"]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import kagglehub
+
+    def fail(handle):
+        raise ConnectionError("no network\nand more lines")
+
+    monkeypatch.delenv("BUSI_DIR", raising=False)
+    monkeypatch.setattr(kagglehub, "dataset_download", fail)
+
+
+@pytest.mark.usefixtures("offline")
+def test_no_busi_no_network_names_all_three_ways():
+    with pytest.raises(
+        FileNotFoundError, match=r"root.*\$BUSI_DIR.*kagglehub.*no network.*set BUSI_DIR"
+    ):
+        data.find_busi()
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_phantom_never_steps_in_silently(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    index = data.load_dataset("auto", 6)
+    assert set(index.source) == {"synthetic"}
+    assert "SYNTHETIC phantom, not patients: BUSI was not found" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="BUSI was not found"):
+        data.load_dataset("busi")
+
+
+def test_a_wrong_busi_dir_is_an_error_and_no_reason_for_the_phantom(monkeypatch, tmp_path):
+    monkeypatch.setenv("BUSI_DIR", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"\$BUSI_DIR is .* which is not BUSI"):
+        data.load_dataset("auto")
+
+
+def test_unknown_data_choice():
+    with pytest.raises(ValueError, match="'real' is none of"):
+        data.load_dataset("real")
+
+
+@pytest.mark.parametrize("root", ["nowhere", "."])
+def test_a_folder_that_is_not_busi(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benign").mkdir()
+    with pytest.raises(FileNotFoundError, match="not a folder|no folder normal, malignant"):
+        data.find_busi(root)
+
+
+def test_missing_files_are_named(phantom_copy):
+    folder = phantom_copy / data.DATASET_FOLDER / "benign"
+    (folder / "benign (2)_mask.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks mask files of 1 images, benign \(2\)"):
+        data.load_index(phantom_copy)
+    (folder / "benign (3).png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of 24 images, benign \(3\)"):
+        data.load_index(phantom_copy)
+
+
+def test_foreign_images_are_named(phantom_copy):
+    folder = phantom_copy / data.DATASET_FOLDER / "benign"
+    (folder / "benign (2).png").rename(folder / "holiday.png")
+    with pytest.raises(ValueError, match="1 images that BUSI does not have, holiday"):
+        data.load_index(phantom_copy)
+
+
+# Images and masks in every stored form
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1"])
+def test_read_image_takes_every_form(mode, pixels, tmp_path):
+    stored = Image.fromarray(pixels).convert("L" if mode in ("LA", "1") else "RGB").convert(mode)
+    stored.save(tmp_path / "image.png")
+    image = data.read_image(tmp_path / "image.png")
+    assert image.dtype == np.uint8
+    assert image.shape == (30, 40, 3)
+    assert np.array_equal(image, np.asarray(stored.convert("RGB")))
+    assert image.flags.writeable
+
+
+def test_deep_image(tmp_path):
+    Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="more than 8 bits.*scale it to 0..255"):
+        data.read_image(tmp_path / "deep.png")
+
+
+def test_truncated_and_foreign_files(pixels, tmp_path):
+    path = tmp_path / "cut.png"
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[:-1500])
+    with pytest.raises(ValueError, match=r"cut.png is not a whole image .*fetch it again"):
+        data.read_image(path)
+    with pytest.raises(ValueError, match="cut.png is not a whole image"):
+        data.read_mask([path], (30, 40))
+    path.write_text("not an image")
+    with pytest.raises(ValueError, match="cut.png is not a whole image"):
+        data.read_image(path)
+    with pytest.raises(FileNotFoundError, match="no image file"):
+        data.read_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "zero-one"])
+def test_read_mask_takes_every_form(mode, tmp_path):
+    truth = np.zeros((30, 40), dtype=bool)
+    truth[5:9, 10:20] = True
+    grey = Image.fromarray(truth.astype(np.uint8) * (1 if mode == "zero-one" else 255))
+    (grey if mode == "zero-one" else grey.convert(mode)).save(tmp_path / "mask.png")
+    assert np.array_equal(data.read_mask([tmp_path / "mask.png"], (30, 40)), truth)
+
+
+def test_read_mask_joins_files(tmp_path):
+    paths = []
+    for k in range(3):
+        part = np.zeros((30, 40), dtype=np.uint8)
+        part[k * 10 : k * 10 + 2] = 255
+        paths.append(tmp_path / f"mask_{k}.png")
+        Image.fromarray(part).save(paths[-1])
+    assert np.flatnonzero(data.read_mask(paths, (30, 40)).any(axis=1)).tolist() == [
+        0,
+        1,
+        10,
+        11,
+        20,
+        21,
+    ]
+    assert not data.read_mask([], (30, 40, 3)).any()
+
+
+def test_mask_of_another_size(tmp_path):
+    Image.new("L", (40, 30)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="is 40 x 30 pixels, its image 41 x 30"):
+        data.read_mask([tmp_path / "mask.png"], (30, 41))
+
+
+# BUS-BRA
+
+
+@pytest.fixture(params=["published", "copy"])
+def busbra(request, tmp_path):
+    images, masks = ("Images", "Masks") if request.param == "published" else ("images", "masks")
+    (tmp_path / images).mkdir()
+    (tmp_path / masks).mkdir()
+    names = ["bus_0001-l", "bus_0001-r", "bus_0002-l"]
+    for name in names:
+        mask = name.replace("bus", "mask") if request.param == "published" else name
+        Image.new("L", (40, 30), 90).save(tmp_path / images / f"{name}.png")
+        Image.new("L", (40, 30), 255).save(tmp_path / masks / f"{mask}.png")
+    pd.DataFrame(
+        {
+            "ID": names,
+            "Case": [1, 1, 2],
+            "Pathology": ["benign", "benign", "malignant"],
+            "BIRADS": [2, 2, 5],
+            "Device": ["A", "A", "B"],
+        }
+    ).to_csv(tmp_path / "bus_data.csv", index=False)
+    return tmp_path
+
+
+def test_busbra(busbra):
+    index = data.load_busbra(busbra)
+    assert list(index.columns) == [*data.COLUMNS, "birads", "device"]
+    assert index.group.tolist() == ["1", "1", "2"]
+    assert index.label.tolist() == ["benign", "benign", "malignant"]
+    assert data.read_truth(index.iloc[0]).all()
+    assert set(index.source) == {"BUS-BRA"}
+
+
+def test_broken_busbra(busbra):
+    next(busbra.glob("[Ii]mages/bus_0002-l.png")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 files, [Ii]mages/bus_0002-l.png"):
+        data.load_busbra(busbra)
+    table = pd.read_csv(busbra / "bus_data.csv")
+    table.assign(Pathology="cyst").to_csv(busbra / "bus_data.csv", index=False)
+    with pytest.raises(ValueError, match="'cyst'.*neither benign nor malignant"):
+        data.load_busbra(busbra)
+    table.drop(columns="Case").to_csv(busbra / "bus_data.csv", index=False)
+    with pytest.raises(ValueError, match="no column Case"):
+        data.load_busbra(busbra)
+    (busbra / "bus_data.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="no bus_data.csv"):
+        data.load_busbra(busbra)
+
+
+def test_importing_helpers_loads_no_framework():
+    code = (
+        "import sys, helpers, helpers.data, helpers.prompts, helpers.params; "
+        "sys.exit(' '.join(sorted({'torch', 'tensorflow', 'keras', 'monai'} & set(sys.modules))))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip()
+        == ""
+    )

@@ -1,0 +1,203 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import data, metrics
+
+
+def square(row, column, size=10, shape=(60, 80)):
+    mask = np.zeros(shape, dtype=bool)
+    mask[row : row + size, column : column + size] = True
+    return mask
+
+
+EMPTY = np.zeros((60, 80), dtype=bool)
+
+
+def test_one_lesion_by_hand():
+    # 10 x 10 squares, shifted by 2 columns: 80 shared, 20 only here, 20 only there.
+    scores = metrics.segmentation(square(20, 22), square(20, 20))
+    assert list(scores) == [*metrics.SEGMENTATION]
+    assert scores["dice"] == pytest.approx(160 / 200)
+    assert scores["iou"] == pytest.approx(80 / 120)
+    assert scores["precision"] == scores["recall"] == pytest.approx(0.8)
+    assert scores["pixel_accuracy"] == pytest.approx(1 - 40 / 4800)
+    assert scores["hd95"] == pytest.approx(2)
+    assert scores["nsd"] == pytest.approx(1)
+
+
+def test_precision_and_recall_are_not_swapped():
+    scores = metrics.segmentation(square(20, 20, 20), square(20, 20))
+    assert scores["precision"] == pytest.approx(0.25)
+    assert scores["recall"] == pytest.approx(1)
+
+
+def test_surface_of_a_far_prediction():
+    # Borders 30 pixels apart: no surface point within 2 pixels.
+    scores = metrics.segmentation(square(20, 50), square(20, 20))
+    assert scores["dice"] == scores["nsd"] == 0
+    assert 29 <= scores["hd95"] <= 31
+
+
+def test_several_lesions_by_hand():
+    truth = square(5, 5) | square(40, 60)
+    scores = metrics.segmentation(square(5, 5), truth)
+    assert scores["dice"] == pytest.approx(200 / 300)
+    assert scores["recall"] == pytest.approx(0.5)
+    assert scores["precision"] == pytest.approx(1)
+    assert scores["nsd"] == pytest.approx(36 * 2 / (36 * 3))  # 36 border pixels a square
+    assert scores["hd95"] > 50
+
+
+def test_perfect_prediction():
+    truth = square(5, 5) | square(40, 60)
+    perfect = dict.fromkeys(metrics.SEGMENTATION, 1.0) | {"hd95": 0.0}
+    assert metrics.segmentation(truth, truth) == pytest.approx(perfect)
+
+
+def test_both_empty():
+    perfect = dict.fromkeys(metrics.SEGMENTATION, 1.0) | {"hd95": 0.0}
+    assert metrics.segmentation(EMPTY, EMPTY) == perfect
+
+
+@pytest.mark.parametrize("pair", [(square(0, 0), EMPTY), (EMPTY, square(0, 0))])
+def test_one_empty(pair):
+    scores = metrics.segmentation(*pair)
+    assert scores.pop("hd95") == pytest.approx(100)  # the diagonal of 60 x 80
+    assert scores.pop("pixel_accuracy") == pytest.approx(1 - 100 / 4800)
+    assert set(scores.values()) == {0.0}
+
+
+def test_specks_of_the_truth_are_dropped():
+    truth, speck = square(5, 5), square(40, 60, size=4)  # 16 pixels
+    assert metrics.segmentation(truth, truth | speck)["dice"] == pytest.approx(1)
+    assert metrics.segmentation(EMPTY, speck)["dice"] == 1
+    assert metrics.segmentation(truth | speck, truth)["precision"] == pytest.approx(100 / 116)
+    diagonal = np.zeros((60, 80), dtype=bool)
+    diagonal[np.arange(25), np.arange(25)] = True  # 25 pixels, connected by their corners
+    assert metrics.drop_specks(diagonal).sum() == 25
+
+
+def test_overlap_alone():
+    scores = metrics.segmentation(square(20, 22), square(20, 20), surface=False)
+    assert list(scores) == [*metrics.OVERLAP]
+    assert list(metrics.segmentation(EMPTY, square(0, 0), surface=False)) == [*metrics.OVERLAP]
+
+
+def test_bad_masks():
+    with pytest.raises(ValueError, match="predicted must be a bool mask .*float64"):
+        metrics.segmentation(np.zeros((60, 80)), EMPTY)
+    with pytest.raises(ValueError, match="truth must be a bool mask .*uint8"):
+        metrics.segmentation(EMPTY, EMPTY.astype(np.uint8))
+    with pytest.raises(ValueError, match="the image's own size"):
+        metrics.segmentation(EMPTY, EMPTY[:, :-1])
+
+
+def test_score_covers_every_row_and_label(index):
+    rows = index[index.objection == ""].groupby("label").head(2)
+    truths = {row.image_id: data.read_truth(row) for row in rows.itertuples()}
+    scores = metrics.score(rows, truths)
+    assert scores.image_id.tolist() == rows.image_id.tolist()
+    assert scores.dice.tolist() == [1.0] * 6
+    inverted = metrics.score(rows, {name: ~truth for name, truth in truths.items()})
+    assert inverted.dice.max() == 0
+    assert inverted.hd95.notna().all()
+    truths.pop(rows.image_id.iloc[3])
+    with pytest.raises(KeyError, match="no prediction for 1 images"):
+        metrics.score(rows, truths)
+
+
+def scored(dice, labels, groups):
+    frame = pd.DataFrame({"dice": dice, "label": labels, "group": groups})
+    return frame.assign(image_id=frame.index.astype(str), source="synthetic", hd95=10.0)
+
+
+def test_summary():
+    scores = scored([0.9, 0.7, 0.5, 0.3], ["benign"] * 2 + ["malignant"] * 2, list("abcd"))
+    table = metrics.summary(scores, ["dice"]).set_index("set")
+    assert list(table.index) == ["all", "benign", "malignant"]
+    assert table["mean"].tolist() == pytest.approx([0.6, 0.8, 0.4])
+    assert table.images.tolist() == table.groups.tolist() == [4, 2, 2]
+    assert (table.low <= table["mean"]).all()
+    assert (table["mean"] <= table.high).all()
+    wide = metrics.summary_table(scores, ("dice", "hd95"))
+    assert wide.loc["benign", "dice"].startswith("0.800 [")
+    assert wide.loc["all", "hd95"] == "10.0 [10.0, 10.0]"
+
+
+def test_interval_covers_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(60):
+        low, high = metrics.bootstrap_interval(generator.normal(5, 1, 50))
+        hits += low <= 5 <= high
+    assert 51 <= hits <= 60  # 57 expected
+
+
+def test_groups_widen_the_interval():
+    # 20 groups of 5 equal values carry the evidence of 20 observations, not of 100.
+    values = np.repeat(np.random.default_rng(0).normal(size=20), 5)
+    groups = np.repeat(np.arange(20), 5)
+    grouped = np.subtract(*metrics.bootstrap_interval(values, groups))
+    alone = np.subtract(*metrics.bootstrap_interval(values))
+    assert grouped / alone == pytest.approx(np.sqrt(5), rel=0.1)
+
+
+def test_interval_edge_cases():
+    assert metrics.bootstrap_interval([0.4, 0.6], ["a", "a"]) == (0.5, 0.5)
+    assert metrics.bootstrap_interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
+    assert metrics.bootstrap_interval([0, 1, 0, 1]) == metrics.bootstrap_interval([0, 1, 0, 1])
+    for values in ([], [0.5, np.nan]):
+        with pytest.raises(ValueError, match="finite values"):
+            metrics.bootstrap_interval(values)
+
+
+def test_jitter_curve(index):
+    from helpers import prompts
+
+    rows = index[index.label == "benign"].iloc[:3]
+    curve = metrics.jitter_curve(
+        rows,
+        prompts.truth_boxes(rows),
+        lambda boxes: prompts.fill_ellipses(rows, boxes),
+        "ellipse",
+        pixels=(0, 20),
+    )
+    assert curve.pixels.tolist() == [0, 20]
+    assert curve["mean"].iloc[0] > curve["mean"].iloc[1]
+    assert set(curve.source) == {"synthetic"}
+
+
+# Classification; columns are normal, benign, malignant.
+
+PROBABILITIES = [[0.8, 0.1, 0.1], [0.1, 0.6, 0.3], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3]]
+TRUE_LABELS = ["normal", "benign", "malignant", "malignant"]
+
+
+def test_classification_by_hand():
+    scores = metrics.classification(PROBABILITIES, TRUE_LABELS)
+    assert scores["accuracy"] == pytest.approx(0.75)
+    assert scores["balanced_accuracy"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert scores["sensitivity"] == scores["recall_malignant"] == pytest.approx(0.5)
+    assert scores["specificity"] == pytest.approx(1)
+    # Benign against rest: its 0.6 beats 0.1, 0.2 and 0.5. Malignant: 0.7 beats both, 0.3 ties once.
+    assert scores["macro_auc"] == pytest.approx((1 + 1 + 3.5 / 4) / 3)
+    # Bins 0.5, 0.6, 0.7 and 0.8 hold one image each.
+    assert scores["calibration_error"] == pytest.approx((0.2 + 0.4 + 0.3 + 0.5) / 4)
+
+
+def test_missing_class_is_said():
+    with pytest.warns(UserWarning, match="no image is normal or malignant.*undefined"):
+        scores = metrics.classification([[0.1, 0.6, 0.3]], ["benign"])
+    assert np.isnan(scores["macro_auc"])
+    assert np.isnan(scores["sensitivity"])
+    assert scores["accuracy"] == scores["balanced_accuracy"] == 1
+
+
+def test_bad_classification_input():
+    with pytest.raises(ValueError, match="'cyst'.* are none of"):
+        metrics.classification([[0.1, 0.6, 0.3]], ["cyst"])
+    with pytest.raises(ValueError, match=r"\(1, 2\) for 1 labels"):
+        metrics.classification([[0.4, 0.6]], ["benign"])
+    with pytest.raises(ValueError, match="sum to 1"):
+        metrics.classification([[0.4, 0.6, 0.4]], ["benign"])

