@@ -237,32 +237,47 @@ def jitter_curve(curve):
 
 
 def comparison(results):
-    """Mean Dice of each result row with its interval, sorted within its prompt.
+    """Mean Dice of each result row with its interval, one panel per prompt: they are never ranked together.
 
     Args:
         results: DataFrame from `helpers.results.load_all`, rows of one data set and fold.
     """
-    rows = results.sort_values(["prompt", "all_dice"]).reset_index(drop=True)
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.42 * len(rows)), layout="constrained")
-    looks = dict(zip(sorted(rows.prompt.unique()), (PREDICTION, BOX, TRUTH, "#CC79A7")))
-    for position, row in rows.iterrows():
-        colour = looks[row.prompt]
-        axes.plot([row.all_dice_low, row.all_dice_high], [position] * 2, color=colour, linewidth=3)
-        axes.plot(row.all_dice, position, "o", color=colour, markersize=7)
-        axes.annotate(
-            f"{row.all_dice:.3f}",
-            (row.all_dice, position),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
+    panels = [part.sort_values("all_dice") for _, part in results.groupby("prompt")]
+    heights = [len(panel) for panel in panels]
+    figure, cells = plt.subplots(
+        len(panels),
+        1,
+        figsize=(8, 1 + 0.5 * sum(heights) + 0.5 * len(panels)),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, panel in zip(cells.flat, panels):
+        prompt = panel.prompt.iloc[0]
+        colour = PREDICTION if prompt == "ground-truth box" else LABEL_COLOURS["normal"]
+        positions = range(len(panel))
+        axes.hlines(positions, panel.all_dice_low, panel.all_dice_high, color=colour, linewidth=3)
+        axes.plot(panel.all_dice, positions, "o", color=colour, markersize=7)
+        for position, dice in zip(positions, panel.all_dice):
+            axes.annotate(
+                f"{dice:.3f}",
+                (dice, position),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+        axes.set_yticks(positions, panel.model)
+        axes.set_ylim(-0.6, len(panel) - 0.2)
+        axes.set_title(
+            f"{prompt} (an upper bound)" if colour == PREDICTION else prompt,
+            fontsize=10,
+            loc="left",
         )
-    axes.set_yticks(range(len(rows)), [f"{row.model}\n{row.prompt}" for row in rows.itertuples()])
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set_ylim(-0.6, len(rows) - 0.3)
-    axes.set_xlabel("mean Dice over held-out lesion images, 95 % interval")
-    axes.grid(axis="x", alpha=0.3)
-    return _finish(figure, rows, "Lesion outlines on the held-out fold")
+        axes.grid(axis="x", alpha=0.3)
+    cells.flat[-1].set_xlabel("mean Dice of held-out lesion images, 95 % interval")
+    return _finish(figure, results, "Lesion outlines on the held-out fold")
 
 
 def _finish(figure, rows, title):

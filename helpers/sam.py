@@ -123,6 +123,8 @@ class Segmenter:
         network: torch module with `encode` and `decode`.
         recipe: Recipe of the checkpoint's family.
         device: torch device.
+        batch_size: images per forward pass: 8 on a GPU; 1 on a CPU, whose caches hold one image
+            (8 take half as long again per image there, and 2 GB more).
     """
 
     def __init__(self, network, recipe, checkpoint, device, title=None):
@@ -130,16 +132,17 @@ class Segmenter:
         self.recipe = recipe
         self.checkpoint = checkpoint
         self.device = device
+        self.batch_size = 1 if device.type == "cpu" else 8
         released = recipe.title if checkpoint == "tiny" else f"{recipe.title}, released weights"
         self.title = title or released
 
     @torch.no_grad()
-    def embed(self, images, batch_size=8):
+    def embed(self, images, batch_size=None):
         """Run the image encoder.
 
         Args:
             images: list of uint8 (H, W, 3) RGB arrays, of any sizes.
-            batch_size: images per forward pass.
+            batch_size: images per forward pass; by default `self.batch_size`.
 
         Returns:
             list of Embedding, one per image.
@@ -147,6 +150,7 @@ class Segmenter:
         images = list(images)
         for image in images:
             _check_image(image)
+        batch_size = batch_size or self.batch_size
         embeddings = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -186,18 +190,18 @@ class Segmenter:
         logits = enlarge(logits[None], embedding.image_size, embedding.resized, self.recipe)
         return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
 
-    def embed_rows(self, rows, batch_size=8):
+    def embed_rows(self, rows):
         """Embed the images of an index, reading one batch at a time.
 
         Returns:
             dict from image_id to Embedding.
         """
-        embeddings = {}
+        embeddings, size = {}, self.batch_size
         with tqdm(total=len(rows), desc="embedding", unit="image", file=sys.stdout) as progress:
-            for start in range(0, len(rows), batch_size):
-                batch = rows.iloc[start : start + batch_size]
+            for start in range(0, len(rows), size):
+                batch = rows.iloc[start : start + size]
                 images = [data.read_image(path) for path in batch.image_path]
-                embeddings |= zip(batch.image_id, self.embed(images, batch_size))
+                embeddings |= zip(batch.image_id, self.embed(images))
                 progress.update(len(batch))
         return embeddings
 
@@ -493,7 +497,8 @@ def _load_folder(folder, device):
                 "config.json (from transformers' save_pretrained)"
             )
         network = _TransformersSAM(_pretrained(folder))
-        return Segmenter(network, _processor_recipe(folder), str(folder), device)
+        recipe = _processor_recipe(folder)
+        return Segmenter(network, recipe, str(folder), device, title=recipe.title)
     settings = json.loads((folder / MARKER).read_text())
     if settings["network"] == _LiteMedSAM.__name__:
         network = _LiteMedSAM()

@@ -24,8 +24,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from helpers.data import DATASET_FOLDER, SYNTHETIC_MARKER
+
 CLASSES = ("benign", "malignant", "normal")
-DATASET_FOLDER = "Dataset_BUSI_with_GT"
 VERSION = 1
 AXIAL_SIGMA = 1.3  # px, width of the point-spread function along the beam
 LATERAL_SIGMA = (1.8, 4.2)  # px, across the beam: at the transducer and at the bottom
@@ -80,7 +81,7 @@ def _is_finished(root, marker):
     """Tell this very set (True) from an absent or empty folder (False); else FileExistsError."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
-    path = root / "synthetic.json"
+    path = root / SYNTHETIC_MARKER
     found = path.read_text() if path.is_file() else "no synthetic set"
     if found == json.dumps(marker):
         return True
@@ -102,7 +103,7 @@ def _build(folder, marker):
     table["in_curated_busi"] = kept.astype(int)
     table["drop_suggested"] = objected.astype(int)
     table.to_csv(folder / "busi_groups.csv", index=False)
-    (folder / "synthetic.json").write_text(json.dumps(marker))
+    (folder / SYNTHETIC_MARKER).write_text(json.dumps(marker))
 
 
 def _write_image(folder, label, number, seed):

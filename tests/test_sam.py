@@ -90,10 +90,12 @@ def test_embedding_once_is_the_same_as_predicting_from_the_image(tiny, image):
     assert not np.allclose(probability, tiny.predict(embeddings[0], [5, 5, 30, 30]))
 
 
-def test_rows(tiny, index):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_rows(tiny, index, batch_size, monkeypatch):
+    monkeypatch.setattr(tiny, "batch_size", batch_size)
     rows = index[index.label == "malignant"].iloc[:3]
     boxes = prompts.truth_boxes(rows)
-    masks = tiny.predict_masks(tiny.embed_rows(rows, batch_size=2), boxes)
+    masks = tiny.predict_masks(tiny.embed_rows(rows), boxes)
     for row in rows.itertuples():
         assert masks[row.image_id].dtype == bool
         assert masks[row.image_id].shape == data.image_shape(row)

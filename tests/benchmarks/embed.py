@@ -31,9 +31,10 @@ def main():
     segmenter = sam.load(device="cpu")
     ratios = throughput(segmenter)
     print(
-        f"embed against the bare forward, same batch of 8: {statistics.median(ratios):.3f} of its"
+        f"embed against the bare forward of the same 8 images: {statistics.median(ratios):.3f} of its"
+        f" throughput (median of {len(ratios)}, from {min(ratios):.3f} to {max(ratios):.3f})",
+        flush=True,
     )
-    print(f"throughput (median of {len(ratios)}, from {min(ratios):.3f} to {max(ratios):.3f})")
     if options.images and os.environ.get("BUSI_DIR"):
         agreement(segmenter, options.images)
 
