@@ -270,11 +270,7 @@ def comparison(results):
             )
         axes.set_yticks(positions, panel.model)
         axes.set_ylim(-0.6, len(panel) - 0.2)
-        axes.set_title(
-            f"{prompt} (an upper bound)" if colour == PREDICTION else prompt,
-            fontsize=10,
-            loc="left",
-        )
+        axes.set_title(f"prompt: {prompt}", fontsize=10, loc="left")
         axes.grid(axis="x", alpha=0.3)
     cells.flat[-1].set_xlabel("mean Dice of held-out lesion images, 95 % interval")
     return _finish(figure, results, "Lesion outlines on the held-out fold")
