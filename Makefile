@@ -1,8 +1,5 @@
 # The one list of commands; `make help` explains each.
 PYTHON ?= python3
-ifdef BUSI_DIR
-export BUSI_DIR := $(abspath $(BUSI_DIR))
-endif
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format table benchmark clean
@@ -10,7 +7,8 @@ endif
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/installed ## execute the notebooks in order; copies and index.html go to executed/
+run: .venv/installed ## execute the notebooks into executed/, with index.html: about 5 minutes
+	@echo "Executing the notebooks into executed/: about 5 minutes on 2 cores, and the download of BUSI"
 	.venv/bin/python -m helpers.run
 
 test: .venv/installed ## test everything, each notebook included: about 4 minutes on 2 cores
@@ -29,7 +27,7 @@ format: .venv/installed ## put code and notebooks into the house style
 table: .venv/installed ## make README's table and figure from results/
 	.venv/bin/python -m helpers.results
 
-benchmark: .venv/installed ## time embed against the bare network, and check it on real BUSI
+benchmark: .venv/installed ## time embed against the bare network, check it on real BUSI: 3 minutes
 	.venv/bin/python tests/benchmarks/embed.py
 
 clean: ## remove .venv and executed/

@@ -15,9 +15,11 @@ is the same with every version of scikit-learn.
 import hashlib
 import json
 import os
+import re
 from importlib import resources
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -26,6 +28,7 @@ LABELS = ("normal", "benign", "malignant")
 KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
 DATASET_FOLDER = "Dataset_BUSI_with_GT"
 N_FOLDS = 5
+SPECK = 20  # pixels; a smaller component of the truth is a slip of the annotator's pen
 SYNTHETIC_MARKER = "synthetic.json"  # helpers.synthetic writes it; its presence names the source
 COLUMNS = [
     "image_id",
@@ -50,9 +53,9 @@ def find_busi(root=None):
         FileNotFoundError: no BUSI there, or none of the three ways works.
     """
     if root is not None:
-        return _dataset_folder(Path(root), "root")
+        return _dataset_folder(Path(root).expanduser(), "root")
     if os.environ.get("BUSI_DIR"):
-        return _dataset_folder(Path(os.environ["BUSI_DIR"]), "$BUSI_DIR")
+        return _dataset_folder(Path(os.environ["BUSI_DIR"]).expanduser(), "$BUSI_DIR")
     import kagglehub
 
     try:
@@ -97,11 +100,11 @@ def load_index(root=None):
         DataFrame, one row per image, with `image_id` ("benign (1)"), `label`, `image_path`,
         `mask_paths` (tuple, as many as there are), `group` (the split keeps it together),
         `objection`, `annotation`, and also `same_frame` (images that are one ultrasound frame),
-        `source` ("BUSI" or "synthetic") and `fold` (of seed 0; -1 for an image that is dropped).
+        `source` ("BUSI" or "synthetic") and, for BUSI, `fold` (of seed 0; -1: dropped).
 
     Raises:
         FileNotFoundError: no data set, or an image or a mask of it is missing.
-        ValueError: the folder holds an image that the group table does not name.
+        ValueError: the folder holds an image or a mask that the group table does not count.
     """
     folder = find_busi(root)
     source, table = _group_table(folder)
@@ -113,9 +116,7 @@ def load_index(root=None):
     index["image_path"] = index.image_id.map(images)
     index["mask_paths"] = index.image_id.map(masks)
     index["source"] = source
-    if "fold" not in index:
-        index["fold"] = assign_folds(index)
-    return index[[*COLUMNS, "fold"]]
+    return index[[*COLUMNS, *index.columns.intersection(["fold"])]]
 
 
 def _group_table(folder):
@@ -131,11 +132,11 @@ def _list_files(folder):
     images, masks = {}, {}
     for label in LABELS:
         for path in sorted((folder / label).glob("*.png")):
-            image_id, is_mask, _ = path.stem.partition("_mask")
-            if is_mask:
-                masks[image_id] = (*masks.get(image_id, ()), path)
+            mask = re.fullmatch(r"(.+)_mask(_\d+)?", path.stem)
+            if mask:
+                masks[mask[1]] = (*masks.get(mask[1], ()), path)
             else:
-                images[image_id] = path
+                images[path.stem] = path
     return images, masks
 
 
@@ -143,7 +144,7 @@ def _check_complete(folder, table, images, masks):
     unknown = sorted(set(images) - set(table.image))
     if unknown:
         raise ValueError(
-            f"{folder} holds {len(unknown)} images that BUSI does not have, {_some(unknown)}; "
+            f"{folder} holds {len(unknown)} files that BUSI does not have, {_some(unknown)}; "
             "take them out, or fetch the original set"
         )
     lost = [name for name in table.image if name not in images]
@@ -151,10 +152,18 @@ def _check_complete(folder, table, images, masks):
         raise FileNotFoundError(
             f"{folder} lacks {len(lost)} of {len(table)} images, {_some(lost)}; fetch the set again"
         )
-    lost = [name for name, n in zip(table.image, table.n_masks) if len(masks.get(name, ())) < n]
+    counts = table.image.map(masks).str.len().fillna(0)
+    lost, added = (
+        list(table.image[odd]) for odd in (counts < table.n_masks, counts > table.n_masks)
+    )
     if lost:
         raise FileNotFoundError(
             f"{folder} lacks mask files of {len(lost)} images, {_some(lost)}; fetch the set again"
+        )
+    if added:
+        raise ValueError(
+            f"{folder} holds more mask files than BUSI for {len(added)} images, {_some(added)}; "
+            "take them out: every mask file counts as truth"
         )
 
 
@@ -308,19 +317,23 @@ def read_mask(paths, shape):
     return joined
 
 
-def _open(path):
+def _open(path, pixels=True):
+    """Open an image file; with `pixels=False` only its header is read."""
     try:
         with Image.open(path) as image:
-            image.load()
+            # Pillow would keep the high byte of 16-bit colours, and say nothing.
+            deep = any("16" in str(tile[3]) for tile in image.tile)
+            if pixels:
+                image.load()
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}; fetch the data set again") from None
     except (OSError, SyntaxError) as error:  # Pillow's errors for a foreign or a cut-off file
         raise ValueError(
             f"{path} is not a whole image ({_first_line(error)}); fetch it again"
         ) from error
-    if image.mode.startswith("I") or image.mode == "F":
+    if deep or image.mode.startswith("I") or image.mode == "F":
         raise ValueError(
-            f"{path} has more than 8 bits a pixel (mode {image.mode}); scale it to 0..255 and save "
+            f"{path} has more than 8 bits a channel (mode {image.mode}); scale it to 0..255 and save "
             "it as 8-bit, so that its brightness is your choice"
         )
     return image
@@ -328,14 +341,24 @@ def _open(path):
 
 def image_shape(row):
     """Return (H, W) of the image of one row of an index; reads only the file's header."""
-    with Image.open(row.image_path) as image:
-        width, height = image.size
-    return height, width
+    return _open(row.image_path, pixels=False).size[::-1]
 
 
 def read_truth(row):
-    """Read the joined mask of one row of an index as bool (H, W), at its image's own size."""
-    return read_mask(row.mask_paths, image_shape(row))
+    """Read the truth of one row of an index, at its image's own size.
+
+    Returns:
+        bool (H, W): the mask files joined, without specks.
+    """
+    return drop_specks(read_mask(row.mask_paths, image_shape(row)))
+
+
+def drop_specks(mask):
+    """Return a bool (H, W) mask without its 8-connected components of under 20 pixels."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    large = stats[:, cv2.CC_STAT_AREA] >= SPECK
+    large[0] = False  # the background
+    return large[labels]
 
 
 def measure(index):
@@ -371,7 +394,7 @@ def assign_folds(index, seed=0):
 
     Args:
         index: DataFrame with `label`, `group` and `objection`.
-        seed: of the shuffle.
+        seed: of the shuffle. How scikit-learn shuffles has changed between its versions.
 
     Returns:
         int Series, 0 to 4 like `index`; -1 for the `multiclass` images, which no split uses.
@@ -380,6 +403,12 @@ def assign_folds(index, seed=0):
 
     fold = pd.Series(-1, index=index.index)
     kept = index[index.objection != "multiclass"]
+    groups = kept.groupby("label").group.nunique()
+    if (groups < N_FOLDS).any():
+        raise ValueError(
+            f"{N_FOLDS} folds need {N_FOLDS} groups per label; there are {groups.to_dict()}. Use more "
+            "images (NB_SYNTHETIC_IMAGES=8 or more, where they are synthetic)"
+        )
     dealer = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=seed)
     for number, (_, held_out) in enumerate(dealer.split(kept, kept.label, kept.group)):
         fold.loc[kept.index[held_out]] = number
@@ -391,8 +420,16 @@ def split(index, fold=0, seed=0):
 
     The images whose frame lies in two class folders (objection `multiclass`) are dropped.
 
+    Args:
+        index: DataFrame from `load_index` or `load_busbra`, whole: filter after the split, for a
+            part of the groups is dealt otherwise than all of them.
+        fold: 0 to 4.
+        seed: 0 reads the stored folds of BUSI, the same on every machine; another seed is dealt by
+            the installed scikit-learn.
+
     Returns:
-        DataFrame: `index` with a column `subset` ("train", "val" or "test"), no group in two.
+        DataFrame: `index` with the columns `fold` and `subset` ("train", "val" or "test"), no group
+        in two.
 
     Raises:
         ValueError: `fold` is not 0 to 4.
@@ -400,24 +437,45 @@ def split(index, fold=0, seed=0):
     if fold not in range(N_FOLDS):
         raise ValueError(f"fold {fold!r} is not one of 0 to {N_FOLDS - 1}")
     folds = index.fold if seed == 0 and "fold" in index else assign_folds(index, seed)
-    kept = index[folds >= 0].copy()
+    kept = index.assign(fold=folds)[folds >= 0]
     distance = (folds[folds >= 0] - fold) % N_FOLDS
     kept["subset"] = distance.map({0: "test", 1: "val"}).fillna("train")
     return kept
 
 
 def scored(index, subset="test", limit=0):
-    """Return the images that a score counts: the first image of each group of a subset.
+    """Return the images that a score counts: the first of each group of a subset, by name and number.
 
     Args:
         index: DataFrame from `split`.
         subset: "train", "val" or "test".
         limit: at most this many images, spread evenly over the subset; 0 means all.
+
+    Raises:
+        ValueError: the subset is empty, or `limit` is negative.
     """
-    rows = index[index.subset == subset].drop_duplicates("group").reset_index(drop=True)
+    rows = index[index.subset == subset]
+    if rows.empty or limit < 0:
+        raise ValueError(
+            f"nothing to score: subset {subset!r} has {len(rows)} images, the limit is {limit}; use "
+            "'train', 'val' or 'test', and a limit of 0 (all) or more"
+        )
+    rows = rows.sort_values("image_id", key=_natural, kind="stable")
+    rows = rows.drop_duplicates("group").reset_index(drop=True)
     if limit and limit < len(rows):
         rows = rows.iloc[np.linspace(0, len(rows) - 1, limit).astype(int)].reset_index(drop=True)
     return rows
+
+
+def _natural(names):
+    """Pad numbers, so that "benign (9)" comes before "benign (10)"."""
+    return names.str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True)
+
+
+def leak(split):
+    """Return the share of test images of a split whose group also lies in another subset."""
+    test = split.subset == "test"
+    return split.group[test].isin(split.group[~test]).mean()
 
 
 def lesions(index):

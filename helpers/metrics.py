@@ -6,7 +6,6 @@ here is what they leave open: what an empty mask is worth, and what counts as on
 
 import warnings
 
-import cv2
 import numpy as np
 import pandas as pd
 
@@ -14,7 +13,6 @@ from helpers import data, prompts
 
 OVERLAP = ("dice", "iou", "precision", "recall", "pixel_accuracy")
 SEGMENTATION = (*OVERLAP, "hd95", "nsd")
-SPECK = 20  # pixels; a smaller component of the truth is a slip of the annotator's pen
 NSD_TOLERANCE = 2  # pixels
 
 
@@ -43,7 +41,7 @@ def segmentation(predicted, truth, surface=True):
         raise ValueError(
             f"predicted is {predicted.shape}, truth {truth.shape}; score at the image's own size"
         )
-    truth = drop_specks(truth)
+    truth = data.drop_specks(truth)
     pixel_accuracy = float((predicted == truth).mean())
     if predicted.any() and truth.any():
         scores = _overlap(predicted, truth) | {"pixel_accuracy": pixel_accuracy}
@@ -54,14 +52,6 @@ def segmentation(predicted, truth, surface=True):
     if surface:
         scores["hd95"] = 0.0 if agree else float(np.hypot(*truth.shape))
     return scores
-
-
-def drop_specks(mask):
-    """Return a bool (H, W) mask without its 8-connected components of under 20 pixels."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    large = stats[:, cv2.CC_STAT_AREA] >= SPECK
-    large[0] = False  # the background
-    return large[labels]
 
 
 def _overlap(predicted, truth):
@@ -111,8 +101,8 @@ def score(rows, masks, surface=True):
         surface: as for `segmentation`.
 
     Returns:
-        DataFrame, one row per image: `image_id`, `label`, `group`, `source` and the metrics of
-        `segmentation`.
+        DataFrame with the row labels of `rows`: `image_id`, `label`, `group`, `source` and the
+        metrics of `segmentation`.
 
     Raises:
         KeyError: a row has no mask; nothing is left out of a mean in silence.
@@ -120,13 +110,12 @@ def score(rows, masks, surface=True):
     missing = [name for name in rows.image_id if name not in masks]
     if missing:
         raise KeyError(f"no prediction for {len(missing)} images: {missing[:5]}; predict them too")
-    scores = []
-    for row in rows.itertuples():
-        predicted = masks[row.image_id]
-        truth = data.read_mask(row.mask_paths, predicted.shape)
-        scores.append(segmentation(predicted, truth, surface))
-    columns = rows[["image_id", "label", "group", "source"]].reset_index(drop=True)
-    return columns.join(pd.DataFrame(scores))
+    scores = [
+        segmentation(masks[row.image_id], data.read_truth(row), surface)
+        for row in rows.itertuples()
+    ]
+    columns = rows[["image_id", "label", "group", "source"]]
+    return columns.join(pd.DataFrame(scores, index=rows.index))
 
 
 def summary(scores, metrics=SEGMENTATION, seed=0):

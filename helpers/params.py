@@ -5,7 +5,9 @@ import os
 
 PREFIX = "NB_"
 
-# Every setting of every notebook. A name that is not here is a misspelling.
+# Every setting of every notebook. Another NB_ variable is a misspelling, but for those that
+# Jupyter's container images and Kubeflow set.
+FOREIGN = {"USER", "UID", "GID", "GROUP", "UMASK", "PREFIX"}
 SETTINGS = {
     "DATA": "which images: 'auto' (BUSI, else the synthetic phantom), 'busi' or 'synthetic'",
     "SYNTHETIC_IMAGES": "images per class of the synthetic phantom",
@@ -35,11 +37,14 @@ def param(name, default):
             f"unknown setting {name!r}{_suggest(name)}; add it to helpers.params.SETTINGS"
         )
     for variable in os.environ:
-        if variable.startswith(PREFIX) and variable.removeprefix(PREFIX) not in SETTINGS:
-            known = ", ".join(PREFIX + setting for setting in SETTINGS)
+        if not variable.startswith(PREFIX):
+            continue
+        setting = variable.removeprefix(PREFIX)
+        if setting not in SETTINGS and setting not in FOREIGN:
             raise ValueError(
                 f"the environment sets {variable}, which no notebook reads"
-                f"{_suggest(variable.removeprefix(PREFIX), PREFIX)}; unset it or use one of {known}"
+                f"{_suggest(setting, PREFIX)}; unset it, or use one of "
+                + ", ".join(PREFIX + known for known in SETTINGS)
             )
     text = os.environ.get(PREFIX + name)
     if text is None:

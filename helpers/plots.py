@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from helpers import data
+from helpers.results import FROM_THE_TRUTH, PROMPTS
 
 LABEL_COLOURS = {"normal": "#0072B2", "benign": "#009E73", "malignant": "#D55E00"}
 TRUTH, PREDICTION, BOX = "#009E73", "#E69F00", "#56B4E9"
@@ -92,6 +93,8 @@ def groups_side_by_side(rows, title, column="same_frame"):
         title: of the figure.
         column: what makes a group: "same_frame" or "group".
     """
+    if rows.empty:
+        raise ValueError(f"no images to show for {title!r}")
     groups = [part for _, part in rows.groupby(column, sort=False)]
     width = max(len(part) for part in groups)
     figure, cells = _grid(len(groups) * width, width)
@@ -138,7 +141,8 @@ def split_counts(index):
     """Stacked bars: images per subset and label of a split."""
     figure, axes = plt.subplots(figsize=(7, 2.2), layout="constrained")
     subsets = ["test", "val", "train"]
-    counts = index.groupby(["subset", "label"]).size().unstack(fill_value=0).loc[subsets]
+    counts = index.groupby(["subset", "label"]).size().unstack(fill_value=0)
+    counts = counts.reindex(index=subsets, columns=data.LABELS, fill_value=0)
     left = np.zeros(len(subsets))
     for label in data.LABELS:
         bars = axes.barh(subsets, counts[label], left=left, color=LABEL_COLOURS[label], label=label)
@@ -233,7 +237,7 @@ def jitter_curve(curve):
         axes.fill_between(line.pixels, line.low, line.high, alpha=0.2, color=colour, linewidth=0)
     axes.set(xlabel="largest shift of each side of the box (pixels)", ylabel="mean Dice")
     axes.legend(frameon=False)
-    return _finish(figure, curve, "How much a careless box costs (band: 95 % interval)")
+    return _finish(figure, curve, "How the score hangs on the box (band: 95 % interval)")
 
 
 def comparison(results):
@@ -242,7 +246,11 @@ def comparison(results):
     Args:
         results: DataFrame from `helpers.results.load_all`, rows of one data set and fold.
     """
-    panels = [part.sort_values("all_dice") for _, part in results.groupby("prompt")]
+    panels = [
+        results[results.prompt == prompt].sort_values("all_dice")
+        for prompt in PROMPTS
+        if (results.prompt == prompt).any()
+    ]
     heights = [len(panel) for panel in panels]
     figure, cells = plt.subplots(
         len(panels),
@@ -255,7 +263,7 @@ def comparison(results):
     )
     for axes, panel in zip(cells.flat, panels):
         prompt = panel.prompt.iloc[0]
-        colour = PREDICTION if prompt == "ground-truth box" else LABEL_COLOURS["normal"]
+        colour = TRUTH if prompt in FROM_THE_TRUTH else LABEL_COLOURS["normal"]
         positions = range(len(panel))
         axes.hlines(positions, panel.all_dice_low, panel.all_dice_high, color=colour, linewidth=3)
         axes.plot(panel.all_dice, positions, "o", color=colour, markersize=7)
@@ -270,10 +278,11 @@ def comparison(results):
             )
         axes.set_yticks(positions, panel.model)
         axes.set_ylim(-0.6, len(panel) - 0.2)
-        axes.set_title(f"prompt: {prompt}", fontsize=10, loc="left")
+        origin = " (comes from the truth)" if prompt in FROM_THE_TRUTH else ""
+        axes.set_title(f"prompt: {prompt}{origin}", fontsize=10, loc="left")
         axes.grid(axis="x", alpha=0.3)
-    cells.flat[-1].set_xlabel("mean Dice of held-out lesion images, 95 % interval")
-    return _finish(figure, results, "Lesion outlines on the held-out fold")
+    cells.flat[-1].set_xlabel("mean Dice of the test fold's lesion images, 95 % interval")
+    return _finish(figure, results, "Lesion outlines on the test fold")
 
 
 def _finish(figure, rows, title):

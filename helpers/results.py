@@ -1,12 +1,13 @@
 """One JSON file per model and run, and what is made of them: the frame, the table, the figure."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import tempfile
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,7 @@ FORMAT = 1
 PACKAGES = ("torch", "transformers", "monai", "numpy", "scikit-learn", "opencv-python")
 ELLIPSE = "ellipse in the box"  # the baseline that never looks at the image
 PROMPTS = ("none", "predicted box", "jittered box", "ground-truth box")
+FROM_THE_TRUTH = PROMPTS[2:]  # a jittered box is the ground-truth box, moved
 
 
 def folder(path=""):
@@ -58,8 +60,25 @@ def banner(index, seed, device="cpu"):
     print(f"{device_name(device)}, seed {seed}")
 
 
+def timed(function, *arguments):
+    """Call a function; return its result and the seconds that it took."""
+    start = time.perf_counter()
+    return function(*arguments), time.perf_counter() - start
+
+
 def save(
-    scores, rows, *, model, prompt, seconds, seed=0, fold=0, device="cpu", settings=None, path=""
+    scores,
+    rows,
+    *,
+    model,
+    prompt,
+    seconds,
+    baseline=None,
+    seed=0,
+    fold=0,
+    device="cpu",
+    settings=None,
+    path="",
 ):
     """Write one run's segmentation result; the file appears whole or not at all.
 
@@ -68,22 +87,28 @@ def save(
         rows: the scored rows of the index; their pixels make the data signature.
         model: the model's name, such as "LiteMedSAM, released weights".
         prompt: one of `PROMPTS`.
-        seconds: what the run took.
+        seconds: what embedding and predicting took, without the scoring.
+        baseline: DataFrame from `helpers.metrics.score` of the same rows: the ellipse in the same
+            boxes, over which the gain in Dice is recorded.
         seed: of the run.
         fold: the test fold, or "all" where no fold was held out.
         device: torch device that it ran on.
-        settings: dict of whatever else the score hangs on.
+        settings: dict of whatever else the score hangs on; each goes into the file's name.
         path: folder, as for `folder`.
 
     Returns:
-        Path of the file. Its name comes from the data, model, prompt, fold and number of images,
-        so that a synthetic or shortened run never overwrites a full one.
+        Path of the file. Its name comes from the data, model, prompt, settings, fold, seed and
+        number of images, so that a synthetic or shortened run never overwrites another.
 
     Raises:
-        ValueError: an unknown prompt.
+        ValueError: an unknown prompt, or scores of other images than `rows`.
+        OSError: the file can't be written; what stood there before is untouched.
     """
     if prompt not in PROMPTS:
         raise ValueError(f"prompt {prompt!r} is none of {PROMPTS}")
+    for table in (scores, scores if baseline is None else baseline):
+        if list(table.image_id) != list(rows.image_id):
+            raise ValueError("scores and rows are of different images; score these very rows")
     source = scores.source.iloc[0]
     result = {
         "format": FORMAT,
@@ -98,6 +123,7 @@ def save(
             "signature": data.signature(rows),
         },
         "summary": _summary_dict(scores, seed),
+        "gain_over_ellipse": {} if baseline is None else _gain(scores, baseline, seed),
         "seed": seed,
         "device": device_name(device),
         "seconds": round(seconds, 1),
@@ -106,11 +132,17 @@ def save(
         "date": datetime.date.today().isoformat(),
         "per_image": scores.drop(columns="source").round(5).to_dict(orient="list"),
     }
-    where = f"fold {fold}" if fold != "all" else "all folds"
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{source} {model} {prompt} {where} n{len(rows)}".lower())
-    target = folder(path) / f"{slug}.json"
+    extra = " ".join(f"{name} {value}" for name, value in (settings or {}).items())
+    name = f"{source} {model} {prompt} {extra} fold {fold} seed {seed} n{len(rows)}"
+    target = folder(path) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
     _write_whole(target, json.dumps(result, indent=1) + "\n")
     return target
+
+
+def _gain(scores, baseline, seed):
+    gain = scores.dice.to_numpy() - baseline.dice.to_numpy()
+    low, high = metrics.bootstrap_interval(gain, scores.group, seed=seed)
+    return {"mean": round(gain.mean(), 5), "low": round(low, 5), "high": round(high, 5)}
 
 
 def _summary_dict(scores, seed):
@@ -122,14 +154,13 @@ def _summary_dict(scores, seed):
 
 
 def _write_whole(target, text):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
         os.replace(scratch, target)
     except OSError as error:
         raise OSError(
@@ -137,7 +168,8 @@ def _write_whole(target, text):
             "What stood there before is untouched"
         ) from error
     finally:
-        Path(scratch).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def load_all(path=""):
@@ -146,7 +178,8 @@ def load_all(path=""):
     Returns:
         DataFrame, one row per file: `model`, `task`, `prompt`, `source`, `fold`, `images`, `groups`,
         `signature`, `seed`, `device`, `seconds`, `date`, `file`, and for each set of images and
-        metric `<set>_<metric>` with `_low` and `_high` beside it, such as `all_dice_low`.
+        metric `<set>_<metric>` with `_low` and `_high` beside it, such as `all_dice_low`; `gain`
+        with `gain_low` and `gain_high` over the ellipse, NaN where there is none.
 
     Raises:
         ValueError: a file is cut off or of another format.
@@ -166,24 +199,18 @@ def table(results):
     """
     order = results.prompt.map(PROMPTS.index)
     rows = results.assign(order=order).sort_values(["order", "all_dice"], ascending=[True, False])
-    ellipses = results[results.model == ELLIPSE].set_index(["signature", "prompt"]).all_dice
-    gains = [
-        f"{row.all_dice - ellipses[row.signature, row.prompt]:+.3f}"
-        if (row.signature, row.prompt) in ellipses.index and row.model != ELLIPSE
-        else ""
-        for row in rows.itertuples()
-    ]
     columns = {"Prompt": rows.prompt, "Model": rows.model, "Images": rows.images.astype(str)}
     for part, title in (("all", "Dice"), ("benign", "benign"), ("malignant", "malignant")):
-        columns[title] = _with_interval(rows, f"{part}_dice", 3)
-    columns["HD95, px"] = _with_interval(rows, "all_hd95", 1)
-    columns["NSD, 2 px"] = _with_interval(rows, "all_nsd", 3)
-    return pd.DataFrame(columns).assign(**{"Gain over the ellipse": gains}).reset_index(drop=True)
+        columns[title] = _with_interval(rows, f"{part}_dice", ".3")
+    columns["HD95, px"] = _with_interval(rows, "all_hd95", ".1")
+    columns["NSD, 2 px"] = _with_interval(rows, "all_nsd", ".3")
+    columns["Gain over the ellipse"] = _with_interval(rows, "gain", "+.3")
+    return pd.DataFrame(columns).reset_index(drop=True)
 
 
 def _with_interval(rows, column, digits):
     return [
-        f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        "" if pd.isna(mean) else f"{mean:{digits}f} [{low:{digits}f}, {high:{digits}f}]"
         for mean, low, high in zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"])
     ]
 
@@ -194,13 +221,27 @@ def markdown(frame):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def select(results, fold=0, seed=0):
+    """Return the rows of one fold of BUSI that stand in one table: real images, the whole fold.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if len(results):
+        results = results[results.source.eq("BUSI") & results.fold.eq(fold) & results.seed.eq(seed)]
+        results = results[results.images == results.images.max()]
+    if not len(results):
+        raise ValueError(
+            f"no result file of BUSI, fold {fold}, seed {seed}; run NB_RESULTS=results make run"
+        )
+    return results
+
+
 def write_readme():
-    """Make README's result table and figure from the committed results of fold 0."""
+    """Make README's result table and figure from the files in results/."""
     from helpers import plots
 
-    results = load_all()
-    results = results[(results.source == "BUSI") & (results.fold == 0)]
-    results = results[results.images == results.images.max()]  # not the shortened runs
+    results = select(load_all())
     readme = folder().parent / "README.md"
     before, start, rest = readme.read_text().partition("<!-- results -->")
     _, end, after = rest.partition("<!-- /results -->")
@@ -215,6 +256,12 @@ def _flat(file):
             raise ValueError(f"format {result['format']}, not {FORMAT}")
         flat = {name: result[name] for name in ("model", "task", "prompt")} | result["data"]
         flat |= {name: result[name] for name in ("seed", "device", "seconds", "date")}
+        gain = result["gain_over_ellipse"]
+        flat |= {
+            "gain": gain.get("mean"),
+            "gain_low": gain.get("low"),
+            "gain_high": gain.get("high"),
+        }
         for part, values in result["summary"].items():
             for metric, value in values.items():
                 if metric != "images":

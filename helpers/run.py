@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
@@ -53,8 +53,10 @@ def main(arguments=None):
     notebooks = options.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
     if not notebooks:
         parser.error("no notebook in notebooks/; run this from the repository's root")
-    os.environ.setdefault("NB_DRAW", "no")  # nobody is there to draw
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("NB_DRAW", "no")  # nobody is there to draw
+    # results/ holds what is committed; a run writes there only when told to.
+    os.environ.setdefault("NB_RESULTS", str((options.out / "results").absolute()))
     rows = []
     for path in notebooks:
         rows.append(execute(path, options.out))
@@ -89,9 +91,9 @@ def execute(path, out):
     outcome = "ran through"
     try:
         client.execute(cwd=str(Path.cwd()))
-    except CellExecutionError as error:
-        outcome = "failed"
-        print(f"  failed: {error.ename}: {error.evalue}", file=sys.stderr)
+    except (CellExecutionError, DeadKernelError) as error:
+        outcome = "failed"  # a dead kernel most often ran out of memory
+        print(f"  failed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
     minutes = (time.perf_counter() - start) / 60
     nbformat.write(notebook, out / path.name)
     (out / f"{path.stem}.html").write_text(_page_of(notebook))

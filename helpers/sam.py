@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -48,7 +49,7 @@ RECIPES = {
     "facebook/sam-vit-large": Recipe("SAM ViT-L", 1024, "bilinear", "mean-std"),
     "facebook/sam-vit-huge": Recipe("SAM ViT-H", 1024, "bilinear", "mean-std"),
     "wanglab/medsam-vit-base": Recipe("MedSAM ViT-B", 1024, "bilinear", "mean-std"),
-    "flaviagiammarino/medsam-vit-base": Recipe("MedSAM ViT-B", 1024, "bilinear", "unit"),
+    "flaviagiammarino/medsam-vit-base": Recipe("MedSAM ViT-B (x/255)", 1024, "bilinear", "unit"),
     "tiny": Recipe("tiny SAM, random weights", 128, "bilinear", "mean-std"),
 }
 
@@ -133,8 +134,8 @@ class Segmenter:
         self.checkpoint = checkpoint
         self.device = device
         self.batch_size = 1 if device.type == "cpu" else 8
-        released = recipe.title if checkpoint == "tiny" else f"{recipe.title}, released weights"
-        self.title = title or released
+        released = checkpoint in RECIPES and checkpoint != "tiny"
+        self.title = title or (f"{recipe.title}, released weights" if released else recipe.title)
 
     @torch.no_grad()
     def embed(self, images, batch_size=None):
@@ -244,9 +245,22 @@ class Segmenter:
                 "recipe": dataclasses.asdict(self.recipe),
             }
             (new / MARKER).write_text(json.dumps(settings, indent=2) + "\n")
-            if folder.exists():
-                os.replace(folder, Path(scratch) / "old")
-            os.replace(new, folder)
+            _swap(new, folder)
+
+
+def _swap(new, folder):
+    """Put `new` in the place of `folder`; a stop in between leaves the old one there."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    old = folder.with_name(f".{folder.name}-old")
+    os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old)
 
 
 def preprocess(images, recipe):
@@ -259,7 +273,16 @@ def preprocess(images, recipe):
     Returns:
         float32 tensor (N, 3, input_size, input_size), and a list of the (h, w) that each image
         fills of it.
+
+    Raises:
+        ValueError: an image so narrow that its short side would shrink to nothing.
     """
+    for image in images:
+        if min(image.shape[:2]) * recipe.input_size < max(image.shape[:2]):
+            raise ValueError(
+                f"an image of {image.shape[1]} x {image.shape[0]} pixels is too narrow: at "
+                f"{recipe.input_size} pixels its short side would vanish; crop its long side"
+            )
     if recipe.resample == "bilinear":
         return _preprocess_transformers(images, recipe)
     size = recipe.input_size
@@ -282,7 +305,7 @@ def _preprocess_transformers(images, recipe):
         pad_size={"height": recipe.input_size, "width": recipe.input_size},
         do_normalize=recipe.intensity == "mean-std",
     )
-    batch = processor(images, return_tensors="pt")
+    batch = processor(images, return_tensors="pt", input_data_format="channels_last")
     return batch["pixel_values"], [tuple(size) for size in batch["reshaped_input_sizes"].tolist()]
 
 
@@ -441,9 +464,15 @@ def _pretrained(source):
             f"checkpoint {source!r} is cut off or altered ({error}); fetch it again"
         ) from error
     except OSError as error:
+        remedy = (
+            "it lacks a file or one is cut off; fetch the folder again"
+            if Path(source).is_dir()
+            else "download it where the Hub answers and give its folder, or use 'lite-medsam', which "
+            "comes with pip"
+        )
+        reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"checkpoint {source!r} could not be had ({str(error).splitlines()[0]}); download it "
-            "where the Hub answers and give its folder, or use 'lite-medsam', which comes with pip"
+            f"checkpoint {str(source)!r} could not be had ({reason}); {remedy}"
         ) from error
     # Extra keys do no harm: transformers' own converters left some in published checkpoints.
     _check_keys(
@@ -482,8 +511,22 @@ def _processor_recipe(source):
             f"checkpoint {str(source)!r} has no preprocessor_config.json, so what it expects of an "
             "image is unknown; save its processor beside it with SamProcessor.save_pretrained"
         ) from error
+    published = SamImageProcessor()  # a Recipe can say no more than SAM's own processor
+    for name in ("do_resize", "do_rescale", "rescale_factor", "do_pad", "resample"):
+        _check_processor(source, name, getattr(processor, name), getattr(published, name))
+    for name in ("image_mean", "image_std") if processor.do_normalize else ():
+        found, expected = (list(getattr(one, name)) for one in (processor, published))
+        _check_processor(source, name, found, expected)
     intensity = "mean-std" if processor.do_normalize else "unit"
     return Recipe(Path(source).name, processor.size["longest_edge"], "bilinear", intensity)
+
+
+def _check_processor(source, name, found, expected):
+    if found != expected:
+        raise ValueError(
+            f"the processor of checkpoint {str(source)!r} sets {name} to {found}, not {expected} as "
+            "SAM's; its images would be scaled wrongly, so it is not loaded"
+        )
 
 
 def _load_folder(folder, device):
@@ -497,24 +540,29 @@ def _load_folder(folder, device):
                 "config.json (from transformers' save_pretrained)"
             )
         network = _TransformersSAM(_pretrained(folder))
-        recipe = _processor_recipe(folder)
-        return Segmenter(network, recipe, str(folder), device, title=recipe.title)
-    settings = json.loads((folder / MARKER).read_text())
-    if settings["network"] == _LiteMedSAM.__name__:
-        network = _LiteMedSAM()
-    else:
-        from transformers import SamConfig, SamModel
-
-        network = _TransformersSAM(SamModel(SamConfig.from_dict(settings["config"])))
+        return Segmenter(network, _processor_recipe(folder), str(folder), device)
     try:
+        settings = json.loads((folder / MARKER).read_text())
+        recipe = Recipe(**settings["recipe"])
+        names = settings["checkpoint"], settings["title"]
+        network = _saved_network(settings["network"], settings["config"])
         state = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the weights in {str(folder)!r} are cut off, altered or missing ({error}); save them again"
+            f"the segmenter in {str(folder)!r} is cut off, altered or missing ({error!r}); save it again"
         ) from error
     _load_state(network, state, str(folder))
-    recipe = Recipe(**settings["recipe"])
-    return Segmenter(network, recipe, settings["checkpoint"], device, settings["title"])
+    return Segmenter(network, recipe, names[0], device, names[1])
+
+
+def _saved_network(name, config):
+    if name == _LiteMedSAM.__name__:
+        return _LiteMedSAM()
+    if name != _TransformersSAM.__name__:
+        raise ValueError(f"unknown network {name!r}")
+    from transformers import SamConfig, SamModel
+
+    return _TransformersSAM(SamModel(SamConfig.from_dict(config)))
 
 
 def _check_image(image):
@@ -527,7 +575,10 @@ def _check_image(image):
 
 
 def _check_box(box, shape):
-    sides = np.asarray(box, dtype=np.float64)
+    try:
+        sides = np.asarray(box, dtype=np.float64)
+    except (TypeError, ValueError):
+        sides = np.empty(0)
     if sides.shape != (4,) or not np.isfinite(sides).all():
         raise ValueError(f"a box is four finite numbers x_min, y_min, x_max, y_max; this is {box}")
     x_min, y_min, x_max, y_max = sides

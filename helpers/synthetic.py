@@ -97,12 +97,7 @@ def _build(folder, marker):
         target.mkdir(parents=True)
         for number in range(1, marker["images_per_class"] + 1):
             rows.append(_write_image(target, label, number, marker["seed"]))
-    table = pd.DataFrame(rows)
-    objected = table.objection != ""
-    kept = ~objected & ~table.duplicated("group_extended")
-    table["in_curated_busi"] = kept.astype(int)
-    table["drop_suggested"] = objected.astype(int)
-    table.to_csv(folder / "busi_groups.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "busi_groups.csv", index=False)
     (folder / SYNTHETIC_MARKER).write_text(json.dumps(marker))
 
 
@@ -113,25 +108,19 @@ def _write_image(folder, label, number, seed):
     colour = number % 40 == 8  # BUSI has a few truly RGB files
     image = _burn_in(image, masks, plan.marks, colour, _generator(seed, plan.own, "marks"))
     Image.fromarray(image).save(folder / f"{_name(plan.own)}.png", compress_level=1)
-    lesions = np.zeros(image.shape[:2], dtype=bool)
-    for index, mask in enumerate(masks or [lesions]):
-        lesions = lesions | mask
+    for index, mask in enumerate(masks or [np.zeros(image.shape[:2], dtype=bool)]):
         suffix = f"_{index}" if index else ""
         # 1-bit for a lesion, RGB for a normal image: BUSI mixes the forms
         form = Image.fromarray(mask).convert("1" if masks else "RGB")
         form.save(folder / f"{_name(plan.own)}_mask{suffix}.png", compress_level=1)
-    same_frame = _name(plan.source if plan.same_frame else plan.own)
     return {
         "image": _name(plan.own),
         "class": label,
-        "group_same_frame": same_frame,
-        "group_published": same_frame,
+        "group_same_frame": _name(plan.source if plan.same_frame else plan.own),
         "group_extended": _name(plan.source),
         "objection": plan.objection,
         "annotation": "&".join(plan.marks),
         "n_masks": max(len(masks), 1),
-        "area_frac": round(float(lesions.mean()), 5),
-        "components": cv2.connectedComponents(lesions.astype(np.uint8))[0] - 1,
     }
 
 

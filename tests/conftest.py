@@ -5,6 +5,8 @@ import tempfile
 
 import pytest
 
+RESULTS = tempfile.TemporaryDirectory(prefix="results-")  # removed at exit
+
 # nbval's kernels inherit these. A notebook's own text is never rewritten.
 os.environ |= {
     "NB_DATA": "synthetic",
@@ -12,7 +14,7 @@ os.environ |= {
     "NB_CHECKPOINT": "tiny",
     "NB_LIMIT": "6",
     "NB_DRAW": "no",
-    "NB_RESULTS": tempfile.mkdtemp(prefix="results-"),
+    "NB_RESULTS": RESULTS.name,
 }
 
 

@@ -1,7 +1,9 @@
 import os
+import shutil
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,6 +32,10 @@ def test_table_holds_busi():
     assert TABLE.n_masks.sum() == 798
     assert (TABLE.n_masks > 1).sum() == 17
     assert TABLE.group_same_frame.nunique() == 593
+    conflicts = data.conflicting(table_index().rename(columns={"group_same_frame": "same_frame"}))
+    assert conflicts.same_frame.nunique() == 8
+    assert len(conflicts) == 19
+    assert set(conflicts.objection) == {"multiclass"}
     assert TABLE.group_extended.nunique() == 555
 
 
@@ -41,6 +47,7 @@ def test_stored_folds_are_what_scikit_learn_deals():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_group_crosses_subsets(fold, seed):
     split = data.split(table_index(), fold, seed)
+    assert data.leak(split) == 0
     assert split.groupby("group").subset.nunique().max() == 1
     assert len(split) == 780 - 19
     assert "multiclass" not in set(split.objection)
@@ -84,6 +91,35 @@ def test_scored_takes_one_image_per_group_and_spreads_a_limit():
     assert len(few) == 6
     assert set(few.label) == set(data.LABELS)
     assert set(few.image_id) <= set(scored.image_id)
+    shuffled = split.sample(frac=1, random_state=0)
+    assert data.scored(shuffled).equals(scored)
+    numbers = scored.image_id.str.extract(r"(\d+)", expand=False).astype(int)
+    assert numbers.groupby(scored.label).is_monotonic_increasing.all()
+
+
+def test_scored_never_returns_nothing():
+    split = data.split(table_index())
+    with pytest.raises(ValueError, match="subset 'tset' has 0 images"):
+        data.scored(split, "tset")
+    with pytest.raises(ValueError, match="the limit is -3"):
+        data.scored(split, limit=-3)
+
+
+def test_too_few_groups_for_five_folds():
+    index = table_index()
+    few = index[index.label == "normal"].drop_duplicates("group").iloc[1:5]
+    index = pd.concat([index[index.label != "normal"], few])
+    with pytest.raises(ValueError, match="5 folds need 5 groups per label.*'normal': 4"):
+        data.split(index, seed=1)
+
+
+def test_leak_is_noticed():
+    split = data.split(table_index())
+    split.loc[split.index[0], "group"] = "moved"
+    split.loc[split.index[-1], "group"] = "moved"
+    split.loc[split.index[0], "subset"] = "test"
+    split.loc[split.index[-1], "subset"] = "train"
+    assert data.leak(split) > 0
 
 
 def test_random_split_leaks_what_the_design_measured():
@@ -97,7 +133,7 @@ def test_random_split_leaks_what_the_design_measured():
 
 
 def test_index_of_the_phantom(index, phantom):
-    assert list(index.columns) == [*data.COLUMNS, "fold"]
+    assert list(index.columns) == data.COLUMNS
     assert set(index.source) == {"synthetic"}
     assert index.label.value_counts().to_dict() == dict.fromkeys(data.LABELS, 8)
     assert (index.mask_paths.map(len) > 1).any()
@@ -137,6 +173,7 @@ def test_signature_hangs_on_pixels_masks_and_names_alone(index, tmp_path):
 @busi
 def test_index_of_busi():
     index = data.load_index()
+    assert list(index.columns) == [*data.COLUMNS, "fold"]
     assert len(index) == 780
     assert index.label.value_counts().to_dict() == {"benign": 437, "malignant": 210, "normal": 133}
     assert index.mask_paths.map(len).sum() == 798
@@ -145,7 +182,7 @@ def test_index_of_busi():
     for row in several.itertuples():
         shape = data.image_shape(row)
         parts = [data.read_mask([path], shape) for path in row.mask_paths]
-        joined = data.read_truth(row)
+        joined = data.read_mask(row.mask_paths, shape)
         assert np.array_equal(joined, np.logical_or.reduce(parts))
         assert joined.sum() > max(part.sum() for part in parts)
 
@@ -232,7 +269,21 @@ def test_missing_files_are_named(phantom_copy):
 def test_foreign_images_are_named(phantom_copy):
     folder = phantom_copy / data.DATASET_FOLDER / "benign"
     (folder / "benign (2).png").rename(folder / "holiday.png")
-    with pytest.raises(ValueError, match="1 images that BUSI does not have, holiday"):
+    with pytest.raises(ValueError, match="1 files that BUSI does not have, holiday"):
+        data.load_index(phantom_copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("benign (1)_mask_9.png", r"more mask files than BUSI for 1 images, benign \(1\)"),
+        ("benign (1)_mask_predicted.png", r"does not have, benign \(1\)_mask_predicted"),
+    ],
+)
+def test_a_stray_mask_never_joins_the_truth(name, message, phantom_copy):
+    folder = phantom_copy / data.DATASET_FOLDER / "benign"
+    shutil.copy(folder / "benign (1)_mask.png", folder / name)
+    with pytest.raises(ValueError, match=message):
         data.load_index(phantom_copy)
 
 
@@ -255,8 +306,9 @@ def test_read_image_takes_every_form(mode, pixels, tmp_path):
     assert image.flags.writeable
 
 
-def test_deep_image(tmp_path):
-    Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)).save(tmp_path / "deep.png")
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3), (4, 4, 4)], ids=["grey", "RGB", "RGBA"])
+def test_deep_image(shape, tmp_path):
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full(shape, 4000, dtype=np.uint16))
     with pytest.raises(ValueError, match="more than 8 bits.*scale it to 0..255"):
         data.read_image(tmp_path / "deep.png")
 
@@ -274,6 +326,9 @@ def test_truncated_and_foreign_files(pixels, tmp_path):
         data.read_image(path)
     with pytest.raises(FileNotFoundError, match="no image file"):
         data.read_image(tmp_path / "none.png")
+    row = pd.Series({"image_path": path, "mask_paths": ()})
+    with pytest.raises(ValueError, match="cut.png is not a whole image"):
+        data.read_truth(row)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "zero-one"])
@@ -301,6 +356,19 @@ def test_read_mask_joins_files(tmp_path):
         21,
     ]
     assert not data.read_mask([], (30, 40, 3)).any()
+
+
+def test_specks_are_no_truth(tmp_path):
+    mask = np.zeros((30, 40), dtype=np.uint8)
+    mask[5:10, 5:10] = 255
+    mask[20:24, 30:34] = 255  # 16 pixels
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.new("L", (40, 30)).save(tmp_path / "image.png")
+    row = pd.Series({"image_path": tmp_path / "image.png", "mask_paths": (tmp_path / "mask.png",)})
+    assert data.read_truth(row).sum() == 25
+    assert data.read_mask(row.mask_paths, (30, 40)).sum() == 41
+    diagonal = np.eye(25, 40, dtype=bool)  # 25 pixels, connected by their corners
+    assert data.drop_specks(diagonal).sum() == 25
 
 
 def test_mask_of_another_size(tmp_path):

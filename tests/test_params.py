@@ -48,6 +48,12 @@ def test_misspelt_override_names_the_right_one(monkeypatch):
         param("SEED", 0)
 
 
+def test_what_container_images_set_is_no_misspelling(monkeypatch):
+    monkeypatch.setenv("NB_USER", "jovyan")
+    monkeypatch.setenv("NB_PREFIX", "/notebook")
+    assert param("SEED", 5) == 5
+
+
 def test_unknown_setting():
     with pytest.raises(KeyError, match="did you mean SEED"):
         param("SEEDS", 0)

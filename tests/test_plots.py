@@ -78,6 +78,19 @@ def test_outlines_show_truth_prediction_and_box(rows, masks, boxes, scores):
     assert f"Dice {scores.dice[0]:.2f}" in first.get_title()
 
 
+def test_nothing_to_show_is_said(index):
+    with pytest.raises(ValueError, match="no images to show for 'Conflicts'"):
+        plots.groups_side_by_side(index.iloc[:0], "Conflicts")
+
+
+def test_comparison_orders_panels_by_prompt_and_never_mixes_them(rows, scores, tmp_path):
+    for prompt in ("ground-truth box", "none"):
+        results.save(scores, rows, model="m", prompt=prompt, seconds=0, path=tmp_path)
+    figure = plots.comparison(results.load_all(tmp_path))
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["prompt: none", "prompt: ground-truth box (comes from the truth)"]
+
+
 def test_an_empty_or_full_mask_draws_no_contour(rows, boxes):
     shape = data.image_shape(rows.iloc[0])
     for mask in (np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)):

@@ -1,7 +1,6 @@
 import json
 import os
 
-import pandas as pd
 import pytest
 
 from helpers import data, metrics, prompts, results
@@ -21,8 +20,9 @@ def save(run, path, **changes):
 
 def test_a_row_says_where_it_comes_from(run, tmp_path):
     scores, rows = run
-    file = save(run, tmp_path, seed=3, fold=2, settings={"jitter_pixels": 20})
-    assert file.name == "synthetic-ellipse-in-the-box-ground-truth-box-fold-2-n6.json"
+    file = save(run, tmp_path, seed=3, fold=2, settings={"jitter": 20})
+    name = "synthetic-ellipse-in-the-box-ground-truth-box-jitter-20-fold-2-seed-3-n6.json"
+    assert file.name == name
     result = json.loads(file.read_text())
     assert result["data"] == {
         "source": "synthetic",
@@ -32,7 +32,7 @@ def test_a_row_says_where_it_comes_from(run, tmp_path):
         "signature": data.signature(rows),
     }
     assert result["seed"] == 3
-    assert result["settings"] == {"jitter_pixels": 20}
+    assert result["settings"] == {"jitter": 20}
     assert result["device"].startswith("CPU")
     assert {"python", "torch", "monai"} <= set(result["versions"])
     assert result["summary"]["all"]["dice"]["mean"] == pytest.approx(scores.dice.mean(), abs=1e-5)
@@ -47,6 +47,20 @@ def test_load_all(run, tmp_path):
     assert frame.all_dice.tolist() == pytest.approx([run[0].dice.mean()] * 2, abs=1e-5)
     assert (frame.malignant_dice_low <= frame.malignant_dice).all()
     assert results.load_all(tmp_path / "nothing").empty
+
+
+def test_scores_of_other_images_are_refused(run, tmp_path):
+    scores, rows = run
+    with pytest.raises(ValueError, match="scores and rows are of different images"):
+        save((scores.iloc[1:], rows), tmp_path)
+    with pytest.raises(ValueError, match="scores and rows are of different images"):
+        save(run, tmp_path, baseline=scores.iloc[::-1])
+
+
+def test_unwritable_folder(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="could not be written.*choose another folder"):
+        save(run, tmp_path / "file")
 
 
 def test_unknown_prompt(run, tmp_path):
@@ -89,27 +103,53 @@ def test_banner_of_a_phantom(index, capsys):
     assert "seed 0" in printed
 
 
-def test_committed_results_are_of_real_images():
-    frame = results.load_all()
-    assert set(frame.source) == {"BUSI"}
-    assert not (frame.prompt == "none").any() or frame.model.nunique() > 1
-    fold = frame[frame.fold == 0]
-    assert fold.signature.nunique() == 1  # one test fold, scored by all
-
-
-def test_table_names_prompt_and_gain(run, tmp_path):
-    save(run, tmp_path)
-    better = run[0].assign(dice=run[0].dice + 0.05), run[1]
-    save(better, tmp_path, model="a model")
-    table = results.table(results.load_all(tmp_path))
-    assert list(table.columns[:2]) == ["Prompt", "Model"]
-    row = table.set_index("Model").loc["a model"]
-    assert row["Gain over the ellipse"] == "+0.050"
-    assert isinstance(table, pd.DataFrame)
+def test_committed_results_are_of_one_test_fold():
+    frame = results.select(results.load_all())
+    assert frame.signature.nunique() == 1
+    assert {"ground-truth box", "jittered box"} <= set(frame.prompt)
+    assert set(frame[frame.model == results.ELLIPSE].prompt) == set(results.FROM_THE_TRUTH)
 
 
 def test_readme_shows_the_committed_results():
-    frame = results.load_all()
-    frame = frame[(frame.source == "BUSI") & (frame.fold == 0)]
     readme = (results.folder().parent / "README.md").read_text()
-    assert results.markdown(results.table(frame)) in readme
+    assert results.markdown(results.table(results.select(results.load_all()))) in readme
+
+
+def test_what_a_run_leaves_beside_them_stays_out_of_the_table(run, tmp_path):
+    scores, rows = run
+    real = scores.assign(source="BUSI"), rows
+    save(run, tmp_path)  # synthetic
+    few = scores.iloc[:2].assign(source="BUSI"), rows.iloc[:2]
+    save(few, tmp_path)  # shortened
+    save(real, tmp_path, fold=1)
+    save(real, tmp_path, seed=1)
+    with_real = save(real, tmp_path)
+    assert results.select(results.load_all(tmp_path)).file.tolist() == [with_real.name]
+
+
+def test_no_results_say_what_to_run(run, tmp_path):
+    for _ in range(2):  # an empty folder, then one with synthetic results
+        with pytest.raises(ValueError, match="no result file of BUSI, fold 0.*make run"):
+            results.select(results.load_all(tmp_path))
+        save(run, tmp_path)
+
+
+def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path):
+    scores, rows = run
+    save(run, tmp_path)
+    better = scores.assign(dice=scores.dice + 0.05), rows
+    save(better, tmp_path, model="a model", baseline=scores)
+    save(better, tmp_path, model="a model", prompt="none")
+    table = results.table(results.load_all(tmp_path))
+    assert table.Prompt.tolist() == ["none", "ground-truth box", "ground-truth box"]
+    assert table.Model.tolist() == ["a model", "a model", results.ELLIPSE]
+    assert table["Gain over the ellipse"].tolist() == ["", "+0.050 [+0.050, +0.050]", ""]
+    lines = results.markdown(table).splitlines()
+    assert len(lines) == 5
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_timed():
+    value, seconds = results.timed(sum, [1, 2, 3])
+    assert value == 6
+    assert 0 <= seconds < 1

@@ -47,6 +47,15 @@ def test_a_failed_notebook_is_kept_up_to_its_error(executed):
     assert not bad.cells[3].outputs
 
 
+def test_a_dead_kernel_fails_its_notebook_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NB_DRAW", "no")
+    dead = notebook(tmp_path / "01_dead.ipynb", "import os\nos._exit(137)")
+    after = notebook(tmp_path / "02_after.ipynb", "1 + 1")
+    assert run.main([dead, after, "--out", str(tmp_path / "out")]) == 1
+    assert "died" in capsys.readouterr().err
+    assert "02_after.html" in (tmp_path / "out/index.html").read_text()
+
+
 def test_no_notebooks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

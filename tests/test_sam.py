@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +39,27 @@ def test_lite_medsam_follows_the_published_steps(lite, index):
         assert ours.shape == theirs.shape == picture.shape[:2]
         assert ours.max() > 0.9  # it found something, so that the comparison means something
         assert ((ours > 0.5) ^ (theirs > 0.5)).mean() < 0.002
+
+
+@pytest.mark.skipif("BUSI_DIR" not in os.environ, reason="real BUSI: set BUSI_DIR")
+def test_lite_medsam_agrees_with_the_published_steps_on_busi(lite):
+    from helpers import metrics
+
+    rows = data.lesions(data.load_index()).iloc[::80]
+    boxes = prompts.truth_boxes(rows)
+    network = reference.lite_medsam()
+    theirs = {
+        row.image_id: reference.probability(
+            network, data.read_image(row.image_path), boxes[row.image_id]
+        )
+        > 0.5
+        for row in rows.itertuples()
+    }
+    ours = metrics.score(rows, lite.predict_masks(lite.embed_rows(rows), boxes), surface=False)
+    theirs = metrics.score(rows, theirs, surface=False)
+    assert len(rows) == 9
+    assert theirs.dice.mean() > 0.85
+    assert abs(ours.dice.mean() - theirs.dice.mean()) < 0.005
 
 
 def test_released_weights_outline_phantoms(lite, index):
@@ -163,6 +186,23 @@ def test_a_stop_while_saving_keeps_the_old_folder(tiny, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def test_a_stop_while_replacing_keeps_the_old_folder(tiny, tmp_path, monkeypatch):
+    tiny.save(tmp_path / "saved")
+    before = (tmp_path / "saved/model.safetensors").read_bytes()
+    replace = os.replace
+
+    def stop(source, target):
+        if Path(source).name == "new":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.save(tmp_path / "saved")
+    assert (tmp_path / "saved/model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
 # Checkpoints that are not what they should be
 
 
@@ -180,6 +220,30 @@ def test_cut_off_checkpoint(saved):
     weights.unlink()
     with pytest.raises(ValueError, match="cut off, altered or missing"):
         sam.load(saved)
+
+
+@pytest.mark.parametrize("text", ['{"checkpoint": "ti', "{}", "[]"])
+def test_cut_off_settings(text, saved):
+    (saved / "segmenter.json").write_text(text)
+    with pytest.raises(ValueError, match="cut off, altered or missing.*save it again"):
+        sam.load(saved)
+
+
+def test_unknown_network(saved):
+    settings = json.loads((saved / "segmenter.json").read_text())
+    (saved / "segmenter.json").write_text(json.dumps(settings | {"network": "Foo"}))
+    with pytest.raises(ValueError, match="unknown network 'Foo'"):
+        sam.load(saved)
+
+
+def test_a_processor_that_scales_otherwise_is_refused(tmp_path):
+    folder = small_sam(tmp_path / "sam")
+    [path] = folder.glob("*processor*.json")
+    settings = json.loads(path.read_text())
+    settings.get("image_processor", settings)["image_mean"] = [0.5, 0.5, 0.5]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"sets image_mean to \[0.5, 0.5, 0.5\], not \[0.485"):
+        sam.load(folder)
 
 
 def test_other_architecture_names_the_keys(saved):
@@ -291,6 +355,7 @@ def test_wrong_images(tiny, wrong):
         ([50, 50, 50, 50], "empty or inverted"),
         ([0, 0, np.nan, 5], "four finite numbers"),
         ([0, 0, 5], "four finite numbers"),
+        (["a", 0, 5, 5], "four finite numbers"),
         ([[0, 0, 5, 5]], "four finite numbers"),
     ],
 )
@@ -299,6 +364,18 @@ def test_wrong_boxes(tiny, image, box, message):
         tiny.predict(image, box)
     with pytest.raises(ValueError, match=message):
         tiny.predict(tiny.embed([image])[0], box)
+
+
+@pytest.mark.parametrize("name", ["tiny", "lite-medsam"])
+def test_an_image_too_narrow_to_resize(name):
+    with pytest.raises(ValueError, match="3 x 3000 pixels is too narrow"):
+        sam.load(name, device="cpu").embed([np.zeros((3000, 3, 3), dtype=np.uint8)])
+
+
+def test_a_small_image(tiny):
+    for shape in ((3, 9, 3), (8, 8, 3)):
+        [embedding] = tiny.embed([np.zeros(shape, dtype=np.uint8)])
+        assert tiny.predict(embedding, [0, 0, 2, 2]).shape == shape[:2]
 
 
 def test_the_whole_image_is_a_box(tiny, image):
