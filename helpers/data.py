@@ -185,7 +185,7 @@ def load_dataset(choice="auto", synthetic_images=40):
     """
     if choice not in ("auto", "busi", "synthetic"):
         raise ValueError(f"data {choice!r} is none of 'auto', 'busi', 'synthetic'")
-    reason = "asked for"
+    reason = "it was asked for"
     if choice != "synthetic":
         try:
             folder = find_busi()
@@ -200,7 +200,7 @@ def load_dataset(choice="auto", synthetic_images=40):
 
     folder = cache_folder() / f"synthetic-v{synthetic.VERSION}-{synthetic_images}"
     index = load_index(synthetic.make_busi(folder, synthetic_images))
-    print(f"Data: SYNTHETIC phantom, not patients: {reason}")
+    print(f"Data: SYNTHETIC phantom, not patients ({reason})")
     return index
 
 

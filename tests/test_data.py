@@ -232,7 +232,7 @@ def test_the_phantom_never_steps_in_silently(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     index = data.load_dataset("auto", 6)
     assert set(index.source) == {"synthetic"}
-    assert "SYNTHETIC phantom, not patients: BUSI was not found" in capsys.readouterr().out
+    assert "SYNTHETIC phantom, not patients (BUSI was not found" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="BUSI was not found"):
         data.load_dataset("busi")
 
