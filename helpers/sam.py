@@ -78,17 +78,17 @@ def load(checkpoint="lite-medsam", device=None):
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, path = str(checkpoint), Path(checkpoint)
-    if path.is_dir():
-        return _load_folder(path, device)
-    if path.is_file():
-        raise ValueError(
-            f"{name!r} is a file; give the folder that Segmenter.save or save_pretrained wrote"
-        )
     if name == "lite-medsam":
         network = _LiteMedSAM()
         _load_state(network.net, _released_lite_medsam(), name)
     elif name == "tiny":
         network = _TransformersSAM(_tiny_model())
+    elif path.is_dir():
+        return _load_folder(path, device)
+    elif path.is_file():
+        raise ValueError(
+            f"{name!r} is a file; give the folder that Segmenter.save or save_pretrained wrote"
+        )
     elif name in RECIPES or (name.count("/") == 1 and not path.is_absolute()):
         network = _TransformersSAM(_pretrained(name))
     else:
