@@ -78,6 +78,13 @@ def test_other_seeds_deal_other_folds():
     assert set(one.image_id[one.subset == "test"]) != set(two.image_id[two.subset == "test"])
 
 
+def test_seed_0_reads_the_stored_folds():
+    index = table_index()
+    index["fold"] = np.where(index.fold < 0, -1, (index.fold + 1) % data.N_FOLDS)
+    test = data.split(index).query("subset == 'test'")
+    assert set(test.image_id) == set(index.image_id[index.fold == 0])
+
+
 def test_unknown_fold():
     with pytest.raises(ValueError, match="fold 5 is not one of 0 to 4"):
         data.split(table_index(), 5)
@@ -141,6 +148,13 @@ def test_index_of_the_phantom(index, phantom):
     assert data.load_index(phantom / data.DATASET_FOLDER).equals(index)
 
 
+def test_index_keeps_the_columns_of_its_table(index, phantom):
+    table = pd.read_csv(phantom / "busi_groups.csv", keep_default_na=False)
+    assert index.group.tolist() == table.group_extended.tolist()
+    assert index.same_frame.tolist() == table.group_same_frame.tolist()
+    assert index.group.tolist() != index.same_frame.tolist()
+
+
 def test_related_and_conflicting(index):
     related = data.related(index)
     assert related.same_frame.value_counts().min() >= 2
@@ -170,10 +184,20 @@ def test_signature_hangs_on_pixels_masks_and_names_alone(index, tmp_path):
     assert data.signature(rows) != before
 
 
+@pytest.mark.parametrize("column", ["mask_paths", "group", "image_id"])
+def test_signature_hangs_on_each_part(column, index):
+    row = index[(index.label == "benign") & (index.objection == "")].iloc[[0]]
+    changed = row.copy()
+    changed[column] = [()] if column == "mask_paths" else ["another"]
+    assert data.signature(changed) != data.signature(row)
+
+
 @busi
 def test_index_of_busi():
     index = data.load_index()
     assert list(index.columns) == [*data.COLUMNS, "fold"]
+    assert index.objection.tolist() == TABLE.objection.tolist()  # "" and not NaN
+    assert index.annotation.tolist() == TABLE.annotation.tolist()
     assert len(index) == 780
     assert index.label.value_counts().to_dict() == {"benign": 437, "malignant": 210, "normal": 133}
     assert index.mask_paths.map(len).sum() == 798
@@ -371,6 +395,20 @@ def test_specks_are_no_truth(tmp_path):
     assert data.read_mask(row.mask_paths, (30, 40)).sum() == 41
     diagonal = np.eye(25, 40, dtype=bool)  # 25 pixels, connected by their corners
     assert data.drop_specks(diagonal).sum() == 25
+
+
+def test_speck_limit_is_twenty_pixels():
+    mask = np.zeros((30, 40), dtype=bool)
+    mask[2:6, 2:7] = True  # 20 pixels stay
+    mask[20, 5:24] = True  # 19 go
+    assert np.flatnonzero(data.drop_specks(mask).any(axis=1)).tolist() == [2, 3, 4, 5]
+
+
+def test_a_dim_mask_pixel_is_no_lesion(tmp_path):
+    values = np.zeros((30, 40), dtype=np.uint8)
+    values[5:9, 10:20], values[9, 10:20] = 255, 100
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    assert data.read_mask([tmp_path / "mask.png"], (30, 40)).sum() == 40
 
 
 def test_mask_of_another_size(tmp_path):

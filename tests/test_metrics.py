@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import data, metrics
+from helpers import data, metrics, prompts
 
 
 def square(row, column, size=10, shape=(60, 80)):
@@ -154,8 +154,6 @@ def test_interval_edge_cases():
 
 
 def test_jitter_curve(index):
-    from helpers import prompts
-
     rows = index[index.label == "benign"].iloc[:3]
     curve = metrics.jitter_curve(
         rows,
@@ -167,6 +165,19 @@ def test_jitter_curve(index):
     assert curve.pixels.tolist() == [0, 20]
     assert curve["mean"].iloc[0] > curve["mean"].iloc[1]
     assert set(curve.source) == {"synthetic"}
+
+
+def test_jitter_curve_passes_seed_and_direction_on(index):
+    rows = index[index.label == "benign"].iloc[:2]
+    boxes, seen = prompts.truth_boxes(rows), []
+
+    def predict(boxes):
+        seen.append(boxes)
+        return prompts.fill_ellipses(rows, boxes)
+
+    metrics.jitter_curve(rows, boxes, predict, "e", pixels=(10,), seed=3, inward=True)
+    expected = prompts.jitter_boxes(rows, boxes, 10, 3, True)
+    assert all(np.array_equal(seen[0][name], box) for name, box in expected.items())
 
 
 # Classification; columns are normal, benign, malignant.
@@ -185,6 +196,13 @@ def test_classification_by_hand():
     assert scores["macro_auc"] == pytest.approx((1 + 1 + 3.5 / 4) / 3)
     # Bins 0.5, 0.6, 0.7 and 0.8 hold one image each.
     assert scores["calibration_error"] == pytest.approx((0.2 + 0.4 + 0.3 + 0.5) / 4)
+
+
+def test_specificity_counts_whatever_is_not_malignant():
+    probabilities = [[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6]]
+    scores = metrics.classification(probabilities, ["normal", "benign", "malignant", "benign"])
+    assert scores["specificity"] == pytest.approx(2 / 3)
+    assert scores["recall_benign"] == 0
 
 
 def test_missing_class_is_said():

@@ -64,3 +64,10 @@ def test_every_setting_is_read_by_a_notebook():
         name for path in NOTEBOOKS for name in re.findall(r'param\(\\"(\w+)\\"', path.read_text())
     }
     assert used == set(SETTINGS)
+
+
+@pytest.mark.parametrize("text", ["0", "false", "no", "False", "1", "true", "yes", "TRUE"])
+def test_every_word_for_yes_and_no(monkeypatch, text):
+    expected = text.lower() in ("1", "true", "yes")
+    monkeypatch.setenv("NB_DRAW", text)
+    assert param("DRAW", not expected) is expected

@@ -1,5 +1,9 @@
+import zlib
+
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from helpers import prompts
 
@@ -54,6 +58,19 @@ def test_jitter_hangs_on_image_and_seed_alone():
     assert prompts.jitter_box(box, shape, 0, "any").tolist() == box
 
 
+def test_jitter_is_the_same_in_every_process():
+    shift = np.random.default_rng([0, zlib.crc32(b"benign (1)")]).uniform(0, 1, 4) * 5
+    expected = [10, 10, 20, 20] + shift * [-1, -1, 1, 1]
+    assert prompts.jitter_box([10, 10, 20, 20], (50, 60), 5, "benign (1)") == pytest.approx(
+        expected
+    )
+
+
+def test_sides_move_apart_from_each_other():
+    between = np.corrcoef(np.abs(jittered(20)).T)[np.triu_indices(4, 1)]
+    assert np.abs(between).max() < 0.3
+
+
 @pytest.mark.parametrize("box", [[0, 0, 59, 49], [0, 0, 1, 1], [58, 48, 59, 49], [30, 20, 31, 45]])
 def test_jittered_box_stays_usable(box):
     for k in range(200):
@@ -78,6 +95,30 @@ def test_rows_get_boxes_and_ellipses(index):
         assert ellipse.sum() > prompts.fill_ellipse(boxes[row.image_id], ellipse.shape).sum()
 
 
+@pytest.fixture
+def two_rows(tmp_path):
+    """Two rows of one 60 x 30 image, whose mask holds a lesion and a speck."""
+    mask = np.zeros((30, 60), dtype=np.uint8)
+    mask[5:15, 10:30] = 255
+    mask[25, 50] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.new("L", (60, 30)).save(tmp_path / "image.png")
+    row = {"image_path": tmp_path / "image.png", "mask_paths": (tmp_path / "mask.png",)}
+    return pd.DataFrame([row | {"image_id": name} for name in ("a", "b")])
+
+
+def test_specks_do_not_widen_the_box(two_rows):
+    assert prompts.truth_boxes(two_rows)["a"].tolist() == [10, 5, 29, 14]
+
+
+def test_jitter_boxes_passes_everything_on(two_rows):
+    boxes = prompts.truth_boxes(two_rows)
+    for name, box in prompts.jitter_boxes(two_rows, boxes, 4, seed=3, inward=True).items():
+        assert np.array_equal(box, prompts.jitter_box(boxes[name], (30, 60), 4, name, 3, True))
+    whole = dict.fromkeys("ab", [0, 0, 59, 29])
+    assert prompts.jitter_boxes(two_rows, whole, 4)["a"].tolist() == [0, 0, 59, 29]
+
+
 @pytest.mark.filterwarnings("ignore:Traits should be given as instances")  # the widget's own
 def test_drawing_a_box():
     image = np.zeros((30, 40, 3), dtype=np.uint8)
@@ -86,7 +127,10 @@ def test_drawing_a_box():
     widget = prompts.draw_box(image, [10, 5, 19, 8])
     assert widget.image_bytes.startswith(b"\x89PNG")
     assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [10, 5, 19, 8]
-    widget.bboxes = [{"x": 30, "y": -2, "width": 25, "height": 10, "label": "lesion"}]
+    widget.bboxes = [
+        *widget.bboxes,
+        {"x": 30, "y": -2, "width": 25, "height": 10, "label": "lesion"},
+    ]
     assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [30, 0, 39, 8]
     widget.bboxes = []
     assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [0, 0, 1, 1]

@@ -1,6 +1,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from helpers import data, metrics, prompts, results
@@ -153,3 +154,27 @@ def test_timed():
     value, seconds = results.timed(sum, [1, 2, 3])
     assert value == 6
     assert 0 <= seconds < 1
+
+
+def test_the_interval_of_the_gain_is_by_group(run, tmp_path):
+    scores, rows = run
+    scores = scores.assign(group=list("aabbcc"))
+    gain = np.array([0, 0, 0.1, 0.1, 0.3, 0.3])
+    file = save((scores, rows), tmp_path, baseline=scores.assign(dice=scores.dice - gain))
+    found = json.loads(file.read_text())["gain_over_ellipse"]
+    expected = metrics.bootstrap_interval(gain, list("aabbcc"), seed=0)
+    assert (found["low"], found["high"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch):
+    scores, rows = run
+    save((scores.assign(source="BUSI"), rows), tmp_path / "results")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    monkeypatch.setattr(results, "folder", lambda path="": tmp_path / "results")
+    results.write_readme()
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results -->\n| Prompt")
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "old" not in text
+    assert (tmp_path / "results/comparison.png").is_file()

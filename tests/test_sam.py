@@ -203,6 +203,12 @@ def test_a_stop_while_replacing_keeps_the_old_folder(tiny, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def test_titles_say_released_of_released_weights_alone(lite, tiny, tmp_path):
+    assert lite.title == "LiteMedSAM, released weights"
+    assert tiny.title == "tiny SAM, random weights"
+    assert sam.load(small_sam(tmp_path / "mine"), device="cpu").title == "mine"
+
+
 # Checkpoints that are not what they should be
 
 
