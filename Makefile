@@ -7,12 +7,12 @@ PYTHON ?= python3
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/installed ## execute the notebooks into executed/, with index.html: about 5 minutes
-	@echo "Executing the notebooks into executed/: about 5 minutes on 2 cores, and the download of BUSI"
+run: .venv/installed ## execute the notebooks into executed/, with index.html: about 4 minutes
+	@echo "Executing the notebooks into executed/: about 4 minutes on 2 cores, and the download of BUSI"
 	.venv/bin/python -m helpers.run
 
-test: .venv/installed ## test everything, each notebook included: about 4 minutes on 2 cores
-	@echo "Testing helpers/ and every notebook on synthetic images: about 4 minutes on 2 cores"
+test: .venv/installed ## test everything, each notebook included: about 2 minutes on 2 cores
+	@echo "Testing helpers/ and every notebook on synthetic images: about 2 minutes on 2 cores"
 	.venv/bin/python -m pytest
 
 lint: .venv/installed ## check style: seconds
