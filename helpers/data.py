@@ -46,8 +46,8 @@ COLUMNS = [
 def find_busi(root=None):
     """Return the folder that holds `benign/`, `malignant/` and `normal/`.
 
-    Looks at `root`, else at `$BUSI_DIR`, else asks kagglehub (its cache, then a download of
-    about 200 MB). A folder that is named but is not BUSI is an error, not a reason to look on.
+    Looks at `root`, else at `$BUSI_DIR`, else asks kagglehub (its cache, then a download).
+    A folder that is named but is not BUSI is an error, not a reason to look on.
 
     Raises:
         FileNotFoundError: no BUSI there, or none of the three ways works.
@@ -374,19 +374,13 @@ def measure(index):
 def related(index, column="same_frame"):
     """Return the rows that share `column` ("same_frame" or "group") with another row, in groups."""
     shared = index[index.duplicated(column, keep=False)]
-    return shared.sort_values(
-        column, key=lambda names: names.map(_first_seen(names)), kind="stable"
-    )
+    return shared.sort_values(column, key=lambda names: pd.factorize(names)[0], kind="stable")
 
 
 def conflicting(index):
     """Return the rows whose frame lies in two class folders, in groups."""
     labels = index.groupby("same_frame").label.transform("nunique")
     return related(index[labels > 1])
-
-
-def _first_seen(names):
-    return {name: position for position, name in enumerate(dict.fromkeys(names))}
 
 
 def assign_folds(index, seed=0):

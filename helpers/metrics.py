@@ -22,7 +22,7 @@ def segmentation(predicted, truth, surface=True):
     Args:
         predicted: bool (H, W).
         truth: bool (H, W); components (8-connected) under 20 pixels are dropped as specks.
-        surface: compute `hd95` and `nsd` too, which takes ten times as long as the rest.
+        surface: compute `hd95` and `nsd` too, which takes longer than the rest.
 
     Returns:
         dict of float: `dice`, `iou`, `precision`, `recall`, `pixel_accuracy` (0 to 1), `hd95` (the

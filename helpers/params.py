@@ -5,9 +5,9 @@ import os
 
 PREFIX = "NB_"
 
-# Every setting of every notebook. Another NB_ variable is a misspelling, but for those that
-# Jupyter's container images and Kubeflow set.
+# Set by Jupyter's container images and by Kubeflow, and no misspelling of ours.
 FOREIGN = {"USER", "UID", "GID", "GROUP", "UMASK", "PREFIX"}
+# Every setting of every notebook. Another NB_ variable is a misspelling.
 SETTINGS = {
     "DATA": "which images: 'auto' (BUSI, else the synthetic phantom), 'busi' or 'synthetic'",
     "SYNTHETIC_IMAGES": "images per class of the synthetic phantom",

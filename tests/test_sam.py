@@ -209,6 +209,13 @@ def test_titles_say_released_of_released_weights_alone(lite, tiny, tmp_path):
     assert sam.load(small_sam(tmp_path / "mine"), device="cpu").title == "mine"
 
 
+def test_a_leftover_of_a_killed_save_is_no_obstacle(tiny, tmp_path):
+    tiny.save(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / ".saved-old")
+    tiny.save(tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
 # Checkpoints that are not what they should be
 
 
