@@ -8,7 +8,10 @@ Where to look:
 | `data` | find BUSI, index it, read images and masks, the grouped split |
 | `synthetic` | a breast-ultrasound phantom in BUSI's own layout |
 | `prompts` | from a mask to a box, box jitter, the ellipse that never looks at the image |
-| `sam` | SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, save |
+| `augment` | views of an image with its mask: mirrored, turned, scaled, at another gain |
+| `sam` | SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, fine-tune, save |
+| `embeddings` | the disk cache of image embeddings |
+| `training` | what fine-tuning does: choices, the epoch loop, resuming |
 | `metrics` | segmentation and classification scores, a rule for every empty case, intervals |
 | `results` | one JSON per model and run; the table and the figure made from them |
 | `plots` | every figure of the notebooks |

@@ -12,6 +12,7 @@ registration and suspected frames of one lesion. BUSI has no patient ids: images
 is the same with every version of scikit-learn.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -204,10 +205,36 @@ def load_dataset(choice="auto", synthetic_images=40):
     return index
 
 
-def cache_folder():
-    """Return the folder for what can be made again: `$XDG_CACHE_HOME` or `~/.cache`, and ours."""
+def cache_folder(path=""):
+    """Return the folder for what can be made again: `path`, else ours in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if path:
+        return Path(path).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "breast-ultrasound-notebooks"
+
+
+def write_whole(target, content):
+    """Write bytes to a file that appears whole or not at all.
+
+    Raises:
+        OSError: the file can't be written; what stood there before is untouched.
+    """
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, target)
+    except OSError as error:
+        raise OSError(
+            f"{target} could not be written ({error.strerror}); make room or choose another folder. "
+            "What stood there before is untouched"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def load_busbra(root):

@@ -204,6 +204,53 @@ def bootstrap_interval(values, groups=None, level=0.95, seed=0):
     return float(interval.low), float(interval.high)
 
 
+def paired(after, before, metric="dice", seed=0):
+    """Compare two models image by image.
+
+    Args:
+        after: DataFrame from `score`.
+        before: DataFrame from `score`, of the same rows.
+        metric: a metric of `segmentation`.
+        seed: of the bootstrap.
+
+    Returns:
+        DataFrame, one row per set of images (all, then each label): `images`, `difference` (mean of
+        after - before) with its 95 % interval `low`, `high` over groups, `better` and `worse`
+        (images), and `p_value` of Wilcoxon's signed-rank test over the groups' mean differences
+        (two-sided; NaN where no group differs).
+
+    Raises:
+        ValueError: the two score other images.
+    """
+    from scipy.stats import wilcoxon
+
+    if list(after.image_id) != list(before.image_id):
+        raise ValueError("the two score different images; score the same rows with both models")
+    table = after[["image_id", "label", "group"]].assign(
+        difference=after[metric].to_numpy() - before[metric].to_numpy()
+    )
+    sets = {"all": table} | {name: table[table.label == name] for name in data.LABELS}
+    lines = []
+    for name, part in sets.items():
+        if not len(part):
+            continue
+        low, high = bootstrap_interval(part.difference, part.group, seed=seed)
+        by_group = part.groupby("group").difference.mean()
+        lines.append(
+            {
+                "set": name,
+                "images": len(part),
+                "difference": part.difference.mean(),
+                "low": low,
+                "high": high,
+                "better": int((part.difference > 0).sum()),
+                "worse": int((part.difference < 0).sum()),
+                "p_value": wilcoxon(by_group).pvalue if by_group.any() else np.nan,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
 def jitter_curve(
     rows, boxes, predict, name, pixels=(0, 5, 10, 15, 20, 25, 30), seed=0, inward=False
 ):

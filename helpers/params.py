@@ -15,6 +15,11 @@ SETTINGS = {
     "FOLD": "which of the five folds is the test fold, 0 to 4",
     "SEED": "seed of everything random",
     "CHECKPOINT": "weights: 'lite-medsam', a Hub id, a local folder or 'tiny'",
+    "PRECISION": "what the image encoder and fine-tuning multiply in: 'float32' or 'bfloat16'",
+    "EPOCHS": "passes over the training images",
+    "LEARNING_RATE": "of fine-tuning, at the start",
+    "PROCESSES": "GPUs that share the fine-tuning",
+    "CACHE": "folder for image embeddings and fine-tuned weights; empty means ~/.cache",
     "DRAW": "show the widget to draw a box on; no where nobody is there to draw",
     "RESULTS": "folder for result files; empty means the repository's results/",
 }

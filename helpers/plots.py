@@ -10,7 +10,7 @@ from helpers import data
 from helpers.results import FROM_THE_TRUTH, PROMPTS
 
 LABEL_COLOURS = {"normal": "#0072B2", "benign": "#009E73", "malignant": "#D55E00"}
-TRUTH, PREDICTION, BOX = "#009E73", "#E69F00", "#56B4E9"
+TRUTH, PREDICTION, BOX, BEFORE = "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
 METRIC_TITLES = {
     "dice": "Dice",
     "iou": "IoU",
@@ -196,6 +196,79 @@ def from_image_to_mask(row, box, probability):
     _contour(cells[2], data.read_mask(row.mask_paths, image.shape), TRUTH)
     _contour(cells[2], probability > 0.5, PREDICTION)
     return _finish(figure, row, row.image_id)
+
+
+def before_and_after(rows, masks, scores, boxes, title, columns=3):
+    """Images with the outline of the truth and of a model before and after its fine-tuning.
+
+    Args:
+        rows: rows of an index, in reading order.
+        masks: two dicts from image_id to bool (H, W), before and after.
+        scores: two DataFrames from `helpers.metrics.score`; their Dice goes into the captions.
+        boxes: dict from image_id to (4,), the prompts.
+        title: of the figure.
+        columns: images side by side.
+    """
+    figure, cells = _grid(len(rows), columns)
+    dice = [part.set_index("image_id").dice for part in scores]
+    for cell, row in zip(cells, rows.itertuples()):
+        image = data.read_image(row.image_path)
+        cell.imshow(image)
+        _contour(cell, data.read_truth(row), TRUTH)
+        for outlines, colour in zip(masks, (BEFORE, PREDICTION)):
+            _contour(cell, outlines[row.image_id], colour)
+        _rectangle(cell, boxes[row.image_id])
+        old, new = (part[row.image_id] for part in dice)
+        cell.set_title(f"{row.image_id}, Dice {old:.2f} to {new:.2f}", fontsize=9)
+    names = {"truth": TRUTH, "released": BEFORE, "fine-tuned": PREDICTION}
+    handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in names.items()]
+    handles.append(plt.Line2D([], [], color=BOX, linestyle="--", label="box"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return _finish(figure, rows, title)
+
+
+def training_curves(history):
+    """Dice loss and Dice score per epoch, on training and validation images.
+
+    Args:
+        history: DataFrame from `helpers.sam.Segmenter.fit`.
+    """
+    figure, cells = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    best = history[history.best].iloc[0]
+    for cell, column, label in zip(
+        cells, ("dice_loss", "dice"), ("Dice loss (of probabilities)", "Dice score (of masks)")
+    ):
+        for subset, colour in (("train", BOX), ("val", PREDICTION)):
+            values = history[f"{subset}_{column}"]
+            name = {"train": "training", "val": "validation"}[subset]
+            cell.plot(history.epoch, values, marker=".", color=colour, label=name)
+        cell.axvline(best.epoch, color="grey", linestyle=":", label="kept")
+        cell.set(xlabel="epoch (0: released weights)", ylabel=label)
+        cell.xaxis.get_major_locator().set_params(integer=True)
+    cells[1].legend(frameon=False)
+    return _finish(figure, history, "Fine-tuning")
+
+
+def paired_differences(after, before, metric="dice"):
+    """One bar per image, sorted: what a model's score changed by.
+
+    Args:
+        after: DataFrame from `helpers.metrics.score`.
+        before: DataFrame from `helpers.metrics.score`, of the same rows.
+        metric: a metric of `helpers.metrics.segmentation`.
+    """
+    figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    change = (after[metric] - before[metric]).sort_values()
+    colours = after.label[change.index].map(LABEL_COLOURS)
+    axes.bar(range(len(change)), change, color=colours, width=1)
+    axes.axhline(change.mean(), color="black", linestyle="--", linewidth=1)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    labels = [label for label in data.LABELS if (after.label == label).any()]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=LABEL_COLOURS[label]) for label in labels]
+    handles.append(plt.Line2D([], [], color="black", linestyle="--"))
+    axes.legend(handles, [*labels, "mean"], frameon=False, loc="upper left")
+    axes.set(xlabel="held-out images, sorted", ylabel=f"change in {METRIC_TITLES[metric]}")
+    return _finish(figure, after, "After fine-tuning, against the released weights")
 
 
 def score_strips(scores_by_name, metric="dice"):

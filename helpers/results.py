@@ -1,6 +1,5 @@
 """One JSON file per model and run, and what is made of them: the frame, the table, the figure."""
 
-import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -78,6 +77,7 @@ def save(
     fold=0,
     device="cpu",
     settings=None,
+    details=None,
     path="",
 ):
     """Write one run's segmentation result; the file appears whole or not at all.
@@ -94,6 +94,7 @@ def save(
         fold: the test fold, or "all" where no fold was held out.
         device: torch device that it ran on.
         settings: dict of whatever else the score hangs on; each goes into the file's name.
+        details: dict of what is worth knowing besides, such as the precision and the training.
         path: folder, as for `folder`.
 
     Returns:
@@ -129,13 +130,14 @@ def save(
         "seconds": round(seconds, 1),
         "versions": versions(),
         "settings": settings or {},
+        "details": details or {},
         "date": datetime.date.today().isoformat(),
         "per_image": scores.drop(columns="source").round(5).to_dict(orient="list"),
     }
     extra = " ".join(f"{name} {value}" for name, value in (settings or {}).items())
     name = f"{source} {model} {prompt} {extra} fold {fold} seed {seed} n{len(rows)}"
     target = folder(path) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
-    _write_whole(target, json.dumps(result, indent=1) + "\n")
+    data.write_whole(target, (json.dumps(result, indent=1) + "\n").encode())
     return target
 
 
@@ -151,25 +153,6 @@ def _summary_dict(scores, seed):
         values = {name: getattr(row, name) for name in ("mean", "median", "low", "high")}
         nested.setdefault(row.set, {"images": row.images})[row.metric] = values
     return nested
-
-
-def _write_whole(target, text):
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, target)
-    except OSError as error:
-        raise OSError(
-            f"{target} could not be written ({error.strerror}); make room or choose another folder. "
-            "What stood there before is untouched"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
 
 
 def load_all(path=""):
@@ -245,7 +228,8 @@ def write_readme():
     readme = folder().parent / "README.md"
     before, start, rest = readme.read_text().partition("<!-- results -->")
     _, end, after = rest.partition("<!-- /results -->")
-    _write_whole(readme, f"{before}{start}\n{markdown(table(results))}\n{end}{after}")
+    text = f"{before}{start}\n{markdown(table(results))}\n{end}{after}"
+    data.write_whole(readme, text.encode())
     plots.comparison(results).savefig(folder() / "comparison.png", dpi=150)
 
 

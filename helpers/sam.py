@@ -1,4 +1,4 @@
-"""SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, save.
+"""SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, fine-tune, save.
 
 SAM: A. Kirillov et al., "Segment Anything", ICCV 2023. MedSAM and LiteMedSAM: J. Ma et al.,
 "Segment anything in medical images", Nature Communications 15 (2024) 654. The training data of
@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -21,11 +21,9 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-
-from helpers import data
 
 MARKER = "segmenter.json"
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +52,39 @@ RECIPES = {
 }
 
 
-def default_checkpoint():
-    """Return MedSAM's ViT-B where a GPU can carry it, else LiteMedSAM."""
-    return "wanglab/medsam-vit-base" if torch.cuda.is_available() else "lite-medsam"
+def default_checkpoint(wanted="wanglab/medsam-vit-base"):
+    """Return `wanted` where there is a GPU to carry a ViT-B and the Hub answers, else "lite-medsam".
+
+    Says in print why it is not the wanted one.
+    """
+    reason = "there is no GPU" if not torch.cuda.is_available() else _hub_failure(wanted)
+    if not reason:
+        return wanted
+    print(f"LiteMedSAM takes the place of {wanted}: {reason}")
+    return "lite-medsam"
 
 
-def load(checkpoint="lite-medsam", device=None):
+def _hub_failure(name):
+    """Return why a checkpoint's settings can't be had from the cache or the Hub, or ""."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json", etag_timeout=5)
+    except (OSError, ValueError) as error:  # offline, no such name, no access
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+def default_precision():
+    """Return "bfloat16" where the GPU or the processor multiplies it natively, else "float32"."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
+def load(checkpoint="lite-medsam", device=None, precision="float32"):
     """Load a promptable segmenter.
 
     Args:
@@ -67,15 +92,18 @@ def load(checkpoint="lite-medsam", device=None):
             `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor).
             "lite-medsam" comes with pip; "tiny" has random weights, for tests.
         device: of torch; by default a GPU where there is one.
+        precision: "float32" or "bfloat16", what the image encoder and `fit` multiply in.
 
     Returns:
         Segmenter, in evaluation mode.
 
     Raises:
-        ValueError: an unknown name, or a checkpoint that is cut off, altered or of another
+        ValueError: an unknown name or precision, or a checkpoint that is cut off, altered or of another
             architecture (the message names the keys).
         FileNotFoundError: the folder lacks a file, or the Hub does not answer.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, path = str(checkpoint), Path(checkpoint)
     if name == "lite-medsam":
@@ -84,7 +112,7 @@ def load(checkpoint="lite-medsam", device=None):
     elif name == "tiny":
         network = _TransformersSAM(_tiny_model())
     elif path.is_dir():
-        return _load_folder(path, device)
+        return _load_folder(path, device, precision)
     elif path.is_file():
         raise ValueError(
             f"{name!r} is a file; give the folder that Segmenter.save or save_pretrained wrote"
@@ -97,7 +125,8 @@ def load(checkpoint="lite-medsam", device=None):
             f"unknown checkpoint {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; use "
             f"one of {', '.join(RECIPES)}, a Hub id 'owner/name', or a folder that exists"
         )
-    return Segmenter(network, RECIPES.get(name) or _processor_recipe(name), name, device)
+    recipe = RECIPES.get(name) or _processor_recipe(name)
+    return Segmenter(network, recipe, name, device, precision=precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +137,13 @@ class Embedding:
         features: tensor (channels, h, w) on the segmenter's device.
         image_size: (H, W) of the image, pixels.
         resized: (h, w) of the image inside the padded input, pixels.
+        seconds: what the encoder took for it.
     """
 
     features: torch.Tensor
     image_size: tuple
     resized: tuple
+    seconds: float
 
 
 class Segmenter:
@@ -124,16 +155,19 @@ class Segmenter:
         network: torch module with `encode` and `decode`.
         recipe: Recipe of the checkpoint's family.
         device: torch device.
+        precision: what the encoder and `fit` multiply in; `predict` decodes in float32.
         batch_size: images per forward pass: 8 on a GPU; 1 on a CPU, whose caches hold one image
             (8 take half as long again per image there, and 2 GB more).
     """
 
-    def __init__(self, network, recipe, checkpoint, device, title=None):
+    def __init__(self, network, recipe, checkpoint, device, title=None, precision="float32"):
         # Channels last: the same numbers from a faster encoder on a CPU.
-        self.network = network.to(device, memory_format=torch.channels_last).eval()
+        network = network.to(device, memory_format=torch.channels_last).eval()
+        self.network = network.requires_grad_(False)
         self.recipe = recipe
         self.checkpoint = checkpoint
         self.device = device
+        self.precision = precision
         self.batch_size = 1 if device.type == "cpu" else 8
         released = checkpoint in RECIPES and checkpoint != "tiny"
         self.title = title or (f"{recipe.title}, released weights" if released else recipe.title)
@@ -156,14 +190,30 @@ class Segmenter:
         embeddings = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
+            begun = time.perf_counter()
             pixels, resized = preprocess(batch, self.recipe)
-            pixels = pixels.to(self.device, memory_format=torch.channels_last)
-            features = self.network.encode(pixels)
+            with memory_advice("batch_size", batch_size):
+                features = self.encode(pixels)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else the clock stops before the work does
+            seconds = (time.perf_counter() - begun) / len(batch)
             embeddings += [
-                Embedding(feature, image.shape[:2], size)
+                Embedding(feature, image.shape[:2], size, seconds)
                 for feature, image, size in zip(features, batch, resized)
             ]
         return embeddings
+
+    def encode(self, pixels):
+        """Run the encoder on `preprocess`ed pixels (N, 3, size, size); float32 (N, channels, h, w)."""
+        pixels = pixels.to(self.device, memory_format=torch.channels_last)
+        with self.autocast():
+            return self.network.encode(pixels).float()
+
+    def autocast(self):
+        """Return a context that multiplies in the segmenter's precision."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
+        )
 
     @torch.no_grad()
     def predict(self, image_or_embedding, box):
@@ -181,44 +231,39 @@ class Segmenter:
             ValueError: no uint8 RGB image; a box that is outside the image, inverted or empty.
         """
         embedding = image_or_embedding
-        if not isinstance(embedding, Embedding):
+        if not hasattr(embedding, "features"):
             _check_image(embedding)
             _check_box(box, embedding.shape)
             embedding = self.embed([embedding])[0]
         _check_box(box, embedding.image_size)
-        height, width = embedding.image_size
-        scale = [embedding.resized[1] / width, embedding.resized[0] / height] * 2
-        prompt = torch.as_tensor(np.asarray(box, dtype=np.float64) * scale, dtype=torch.float32)
-        logits = self.network.decode(embedding.features[None], prompt[None].to(self.device))
+        features = embedding.features[None].to(self.device, torch.float32)
+        prompt = scale_box(box, embedding.image_size, embedding.resized)
+        logits = self.network.decode(features, prompt[None].to(self.device))
         logits = enlarge(logits[None], embedding.image_size, embedding.resized, self.recipe)
         return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
-
-    def embed_rows(self, rows):
-        """Embed the images of an index, reading one batch at a time.
-
-        Returns:
-            dict from image_id to Embedding.
-        """
-        embeddings, size = {}, self.batch_size
-        with tqdm(total=len(rows), desc="embedding", unit="image", file=sys.stdout) as progress:
-            for start in range(0, len(rows), size):
-                batch = rows.iloc[start : start + size]
-                images = [data.read_image(path) for path in batch.image_path]
-                embeddings |= zip(batch.image_id, self.embed(images))
-                progress.update(len(batch))
-        return embeddings
 
     def predict_masks(self, embeddings, boxes):
         """Outline one box in each image.
 
         Args:
-            embeddings: dict from image_id to Embedding.
+            embeddings: dict from image_id to Embedding, as from `helpers.embeddings.embed_rows`.
             boxes: dict from image_id to box; its keys are the images that are outlined.
 
         Returns:
             dict from image_id to bool (H, W).
         """
         return {name: self.predict(embeddings[name], box) > 0.5 for name, box in boxes.items()}
+
+    def fit(self, train, val, folder="", **choices):
+        """Fine-tune on boxes drawn from the truth, and keep the best epoch's weights.
+
+        By default the usual recipe: Adam at 1e-5 on the mask decoder, Dice + cross-entropy, 20
+        epochs. See `helpers.training.fit` for what it returns and raises, and
+        `helpers.training.Choices` for the keywords.
+        """
+        from helpers import training
+
+        return training.fit(self, train, val, folder, **choices)
 
     def save(self, folder):
         """Write weights and settings so that `load(folder)` gives this segmenter again.
@@ -296,12 +341,17 @@ def preprocess(images, recipe):
     pixels = np.zeros((len(images), size, size, 3), dtype=np.float32)
     resized = []
     for canvas, image in zip(pixels, images):
-        height, width = (int(side * size / max(image.shape[:2]) + 0.5) for side in image.shape[:2])
+        height, width = input_shape(image.shape, recipe)
         small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
         low, high = small.min(), small.max()
         canvas[:height, :width] = (small - low) / max(high - low, 1e-8)
         resized.append((height, width))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), resized
+
+
+def input_shape(shape, recipe):
+    """Return the (h, w) that an image of `shape` (H, W) fills of the network's input, pixels."""
+    return tuple(int(side * recipe.input_size / max(shape[:2]) + 0.5) for side in shape[:2])
 
 
 def _preprocess_transformers(images, recipe):
@@ -314,6 +364,35 @@ def _preprocess_transformers(images, recipe):
     )
     batch = processor(images, return_tensors="pt", input_data_format="channels_last")
     return batch["pixel_values"], [tuple(size) for size in batch["reshaped_input_sizes"].tolist()]
+
+
+def scale_box(box, image_size, resized):
+    """Bring a box from the image's pixels to those of the network's input.
+
+    Args:
+        box: (4,) x_min, y_min, x_max, y_max.
+        image_size: (H, W) of the image.
+        resized: (h, w) that the image fills of the network's input.
+
+    Returns:
+        float32 tensor (4,).
+    """
+    scale = [resized[1] / image_size[1], resized[0] / image_size[0]] * 2
+    return torch.as_tensor(np.asarray(box, dtype=np.float64) * scale, dtype=torch.float32)
+
+
+@contextlib.contextmanager
+def memory_advice(setting, value):
+    """Name the setting to lower where the memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        smaller = f"lower {setting} (now {value})" if value > 1 else "take a smaller checkpoint"
+        raise MemoryError(
+            f"out of memory: {smaller}, or load the segmenter with precision='bfloat16'"
+        ) from error
 
 
 def enlarge(logits, image_size, resized, recipe):
@@ -337,6 +416,9 @@ def enlarge(logits, image_size, resized, recipe):
 
 class _LiteMedSAM(torch.nn.Module):
     """LiteMedSAM's network: a TinyViT encoder with SAM's prompt encoder and mask decoder."""
+
+    encoder = "net.image_encoder"
+    parts = {"mask decoder": "net.mask_decoder", "prompt encoder": "net.prompt_encoder"}
 
     def __init__(self):
         super().__init__()
@@ -366,6 +448,9 @@ class _LiteMedSAM(torch.nn.Module):
 
 class _TransformersSAM(torch.nn.Module):
     """A SamModel of transformers."""
+
+    encoder = "model.vision_encoder"
+    parts = {"mask decoder": "model.mask_decoder", "prompt encoder": "model.prompt_encoder"}
 
     def __init__(self, model):
         super().__init__()
@@ -536,7 +621,7 @@ def _check_processor(source, name, found, expected):
         )
 
 
-def _load_folder(folder, device):
+def _load_folder(folder, device, precision):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -547,7 +632,9 @@ def _load_folder(folder, device):
                 "config.json (from transformers' save_pretrained)"
             )
         network = _TransformersSAM(_pretrained(folder))
-        return Segmenter(network, _processor_recipe(folder), str(folder), device)
+        return Segmenter(
+            network, _processor_recipe(folder), str(folder), device, precision=precision
+        )
     try:
         settings = json.loads((folder / MARKER).read_text())
         recipe = Recipe(**settings["recipe"])
@@ -559,7 +646,7 @@ def _load_folder(folder, device):
             f"the segmenter in {str(folder)!r} is cut off, altered or missing ({error!r}); save it again"
         ) from error
     _load_state(network, state, str(folder))
-    return Segmenter(network, recipe, names[0], device, names[1])
+    return Segmenter(network, recipe, names[0], device, names[1], precision)
 
 
 def _saved_network(name, config):

@@ -6,6 +6,7 @@ import tempfile
 import pytest
 
 RESULTS = tempfile.TemporaryDirectory(prefix="results-")  # removed at exit
+CACHE = tempfile.TemporaryDirectory(prefix="cache-")
 
 # nbval's kernels inherit these. A notebook's own text is never rewritten.
 os.environ |= {
@@ -13,7 +14,9 @@ os.environ |= {
     "NB_SYNTHETIC_IMAGES": "8",
     "NB_CHECKPOINT": "tiny",
     "NB_LIMIT": "6",
+    "NB_EPOCHS": "2",
     "NB_DRAW": "no",
+    "NB_CACHE": CACHE.name,
     "NB_RESULTS": RESULTS.name,
 }
 

@@ -220,3 +220,55 @@ def test_bad_classification_input():
         metrics.classification([[0.4, 0.6]], ["benign"])
     with pytest.raises(ValueError, match="sum to 1"):
         metrics.classification([[0.4, 0.6, 0.4]], ["benign"])
+
+
+def paired_scores(*dice, labels=("benign", "benign", "malignant", "malignant")):
+    return pd.DataFrame(
+        {
+            "image_id": [f"image {i}" for i in range(len(dice))],
+            "label": labels[: len(dice)],
+            "group": ["a", "a", "b", "c"][: len(dice)],
+            "dice": dice,
+        }
+    )
+
+
+def test_paired_by_hand():
+    before, after = paired_scores(0.5, 0.5, 0.5, 0.5), paired_scores(0.6, 0.7, 0.4, 0.5)
+    table = metrics.paired(after, before).set_index("set")
+    assert list(table.index) == ["all", "benign", "malignant"]
+    assert table.difference["all"] == pytest.approx(0.05)
+    assert table.difference["benign"] == pytest.approx(0.15)
+    assert (table.better["all"], table.worse["all"], table.images["all"]) == (2, 1, 4)
+    # The two benign images are one group: its mean has no spread.
+    assert table.low["benign"] == table.high["benign"] == pytest.approx(0.15)
+    assert table.low["all"] < 0.05 < table.high["all"]
+    assert table.p_value["malignant"] == 1  # one difference of -0.1, one of 0
+
+
+def test_paired_tests_groups_and_not_images():
+    from scipy.stats import wilcoxon
+
+    generator = np.random.default_rng(0)
+    dice = generator.uniform(0.5, 0.9, 30)
+    frame = pd.DataFrame(
+        {"image_id": range(30), "label": "benign", "group": range(30), "dice": dice}
+    )
+    better = frame.assign(dice=dice + generator.normal(0.02, 0.03, 30))
+    once = metrics.paired(better, frame).p_value[0]
+    assert once == pytest.approx(wilcoxon(better.dice, frame.dice).pvalue)
+    twice = metrics.paired(
+        *(pd.concat([part, part], ignore_index=True) for part in (better, frame))
+    )
+    assert twice.p_value[0] == pytest.approx(once)  # copies are no new evidence
+
+
+def test_paired_without_any_difference():
+    table = metrics.paired(paired_scores(0.5, 0.5, 0.5), paired_scores(0.5, 0.5, 0.5))
+    assert table.p_value.isna().all()
+    assert (table.difference == 0).all()
+
+
+def test_paired_needs_the_same_images():
+    with pytest.raises(ValueError, match="same rows"):
+        metrics.paired(paired_scores(0.5, 0.6), paired_scores(0.5))

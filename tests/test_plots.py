@@ -1,5 +1,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers import data, metrics, plots, prompts, results
@@ -30,6 +31,9 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
     """Every figure that the module draws, by name."""
     measured = data.measure(index)
     ellipse = lambda boxes: prompts.fill_ellipses(rows, boxes)  # noqa: E731
+    epochs = {"epoch": [0, 1], "best": [False, True], "source": "synthetic"}
+    curves = ("train_dice", "val_dice", "train_dice_loss", "val_dice_loss")
+    history = pd.DataFrame(epochs | dict.fromkeys(curves, [0.1, 0.2]))
     results.save(scores, rows, model="m", prompt="jittered box", seconds=0, path=tmp_path)
     return {
         "label_counts": plots.label_counts(index),
@@ -48,6 +52,11 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
         "jitter_curve": plots.jitter_curve(
             metrics.jitter_curve(rows, boxes, ellipse, "ellipse", pixels=(0, 10))
         ),
+        "before_and_after": plots.before_and_after(
+            rows, (masks, masks), (scores, scores), boxes, "Before and after"
+        ),
+        "training_curves": plots.training_curves(history),
+        "paired_differences": plots.paired_differences(scores, scores.assign(dice=0.5)),
         "comparison": plots.comparison(results.load_all(tmp_path)),
     }
 

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 
-from helpers import data, prompts, sam
+from helpers import data, embeddings, prompts, sam
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_lite_medsam_follows_the_published_steps(lite, index):
 
 
 @pytest.mark.skipif("BUSI_DIR" not in os.environ, reason="real BUSI: set BUSI_DIR")
-def test_lite_medsam_agrees_with_the_published_steps_on_busi(lite):
+def test_lite_medsam_agrees_with_the_published_steps_on_busi(lite, tmp_path):
     from helpers import metrics
 
     rows = data.lesions(data.load_index()).iloc[::80]
@@ -55,7 +55,8 @@ def test_lite_medsam_agrees_with_the_published_steps_on_busi(lite):
         > 0.5
         for row in rows.itertuples()
     }
-    ours = metrics.score(rows, lite.predict_masks(lite.embed_rows(rows), boxes), surface=False)
+    found = embeddings.embed_rows(lite, rows, tmp_path)
+    ours = metrics.score(rows, lite.predict_masks(found, boxes), surface=False)
     theirs = metrics.score(rows, theirs, surface=False)
     assert len(rows) == 9
     assert theirs.dice.mean() > 0.85
@@ -114,11 +115,11 @@ def test_embedding_once_is_the_same_as_predicting_from_the_image(tiny, image):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_rows(tiny, index, batch_size, monkeypatch):
+def test_rows(tiny, index, batch_size, monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "batch_size", batch_size)
     rows = index[index.label == "malignant"].iloc[:3]
     boxes = prompts.truth_boxes(rows)
-    masks = tiny.predict_masks(tiny.embed_rows(rows), boxes)
+    masks = tiny.predict_masks(embeddings.embed_rows(tiny, rows, tmp_path), boxes)
     for row in rows.itertuples():
         assert masks[row.image_id].dtype == bool
         assert masks[row.image_id].shape == data.image_shape(row)

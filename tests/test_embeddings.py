@@ -1,0 +1,189 @@
+import dataclasses
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers import data, embeddings, prompts, sam
+
+
+@pytest.fixture
+def tiny():
+    return sam.load("tiny", device="cpu")
+
+
+@pytest.fixture
+def rows(index):
+    return data.lesions(index).iloc[:3]
+
+
+@pytest.fixture
+def encoder_runs(tiny, monkeypatch):
+    """Count the images that pass the encoder."""
+    runs = []
+    embed = tiny.embed
+    monkeypatch.setattr(tiny, "embed", lambda images: runs.extend(images) or embed(images))
+    return runs
+
+
+def files(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_cached_embeddings_are_those_of_the_encoder(tiny, rows, tmp_path):
+    found = embeddings.embed_rows(tiny, rows, tmp_path)
+    assert list(found) == list(rows.image_id)
+    for row in rows.itertuples():
+        image = data.read_image(row.image_path)
+        [direct] = tiny.embed([image])
+        stored = found[row.image_id]
+        assert stored.features.dtype == torch.float16
+        assert (stored.image_size, stored.resized) == (image.shape[:2], direct.resized)
+        assert stored.seconds > 0
+        # Half precision keeps 11 bits.
+        assert torch.allclose(stored.features.float(), direct.features, rtol=1e-3, atol=1e-4)
+        box = prompts.mask_to_box(data.read_truth(row))
+        assert np.abs(tiny.predict(stored, box) - tiny.predict(direct, box)).max() < 0.01
+
+
+def test_an_embedding_is_made_once(tiny, rows, tmp_path, encoder_runs):
+    first = embeddings.embed_rows(tiny, rows, tmp_path)
+    assert len(encoder_runs) == 3
+    assert embeddings.embed_rows(tiny, rows, tmp_path) == first
+    assert len(encoder_runs) == 3
+
+
+def test_a_batch_need_not_be_full(tiny, rows, tmp_path, encoder_runs):
+    tiny.batch_size = 2
+    assert list(embeddings.embed_rows(tiny, rows, tmp_path)) == list(rows.image_id)
+    assert len(encoder_runs) == len(files(tmp_path)) == 3
+
+
+def test_the_key_is_the_content(tiny, index, tmp_path, encoder_runs):
+    rows = index.iloc[:1]
+    embeddings.embed_rows(tiny, rows, tmp_path)
+    renamed = rows.assign(image_id="another name")
+    assert list(embeddings.embed_rows(tiny, renamed, tmp_path)) == ["another name"]
+    assert len(encoder_runs) == 1
+    embeddings.embed_rows(tiny, rows, tmp_path, view=1)
+    embeddings.embed_rows(tiny, rows, tmp_path, view=2, seed=0)
+    embeddings.embed_rows(tiny, rows, tmp_path, view=2, seed=1)
+    assert len(encoder_runs) == len(files(tmp_path)) == 4
+
+
+def test_the_key_is_the_encoder_and_not_the_decoder(tiny):
+    key = embeddings.encoder_hash(tiny)
+    with torch.no_grad():
+        next(tiny.network.model.mask_decoder.parameters()).add_(1)
+    assert embeddings.encoder_hash(tiny) == key
+    tiny.recipe = dataclasses.replace(tiny.recipe, intensity="unit")
+    other = embeddings.encoder_hash(tiny)
+    tiny.precision = "bfloat16"
+    third = embeddings.encoder_hash(tiny)
+    with torch.no_grad():
+        next(tiny.network.model.vision_encoder.parameters()).add_(1)
+    assert len({key, other, third, embeddings.encoder_hash(tiny)}) == 4
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def foreign(path):
+    save_file({"features": torch.zeros(2, 2)}, path)
+
+
+def renamed(path):
+    path.write_bytes(files(path.parent)[1].read_bytes())
+
+
+def wider(path):
+    """The right notes on features of another type."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        about, features = file.metadata(), file.get_tensor("features")
+    save_file({"features": features.float()}, path, about)
+
+
+@pytest.mark.parametrize("damage", [cut_off, empty, foreign, renamed, wider])
+def test_a_damaged_file_is_made_anew_and_said(tiny, rows, tmp_path, encoder_runs, capsys, damage):
+    embeddings.embed_rows(tiny, rows, tmp_path)
+    path = files(tmp_path)[0]
+    before = path.read_bytes()
+    damage(path)
+    assert "made anew" not in capsys.readouterr().out
+    found = embeddings.embed_rows(tiny, rows, tmp_path)
+    assert "1 cached embeddings were cut off or not ours" in capsys.readouterr().out
+    assert len(encoder_runs) == 4
+    assert path.stat().st_size == len(before)
+    assert all(torch.isfinite(stored.features).all() for stored in found.values())
+
+
+def test_an_interrupted_build_goes_on(tiny, rows, tmp_path, encoder_runs, monkeypatch):
+    write = data.write_whole
+
+    def stop_at_the_third(path, content):
+        if len(files(tmp_path)) == 2:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_whole", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            embeddings.embed_rows(tiny, rows, tmp_path)
+    assert len(encoder_runs) == 3
+    assert len(embeddings.embed_rows(tiny, rows, tmp_path)) == 3
+    assert len(encoder_runs) == 4
+
+
+def build(rows, folder):
+    torch.set_num_threads(1)
+    embeddings.embed_rows(sam.load("tiny", device="cpu"), rows, folder)
+
+
+def test_two_processes_build_one_cache(tiny, rows, tmp_path, encoder_runs):
+    spawn = multiprocessing.get_context("spawn")
+    both = [spawn.Process(target=build, args=(rows, tmp_path)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(embeddings.embed_rows(tiny, rows, tmp_path)) == 3
+    assert encoder_runs == []
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".safetensors"] * 3
+
+
+def test_a_folder_that_cannot_be_written_to(tiny, rows, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match="could not be written.*choose another folder"):
+        embeddings.embed_rows(tiny, rows, blocked)
+
+
+def test_a_full_disk(tiny, rows, tmp_path, monkeypatch):
+    import os
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device.*make room"):
+            embeddings.embed_rows(tiny, rows, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert len(embeddings.embed_rows(tiny, rows, tmp_path)) == 3
+
+
+def test_half_the_memory_of_the_features(tiny, rows, tmp_path):
+    found = embeddings.embed_rows(tiny, rows.iloc[:1], tmp_path)
+    [features] = [stored.features for stored in found.values()]
+    [path] = files(tmp_path)
+    assert path.stat().st_size - 2 * features.numel() < 1000  # LiteMedSAM: 780 x 2.1 MB = 1.64 GB

@@ -1,0 +1,389 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from helpers import data, embeddings, metrics, prompts, sam, training
+
+FAST = {"epochs": 3, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def split(index):
+    return data.lesions(data.split(index))
+
+
+@pytest.fixture(scope="module")
+def train(split):
+    return split[split.subset == "train"]
+
+
+@pytest.fixture(scope="module")
+def val(split):
+    return data.scored(split, "val")
+
+
+@pytest.fixture
+def tiny():
+    return sam.load("tiny", device="cpu")
+
+
+@pytest.fixture
+def any_epoch_is_better(monkeypatch):
+    """Validation scores that rise, so that the last epoch is kept."""
+    monkeypatch.setattr(
+        training._Run,
+        "_validate",
+        lambda run, epoch: {"val_loss": 1.0, "val_dice_loss": 1.0, "val_dice": epoch / 100},
+    )
+
+
+def weights(segmenter):
+    return {name: value.clone() for name, value in segmenter.network.state_dict().items()}
+
+
+def changed(before, segmenter):
+    after = weights(segmenter)
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def numbers(history):
+    return history.drop(columns=["seconds"])
+
+
+def test_it_learns_and_reports_loss_beside_score(tiny, train, tmp_path):
+    """Train and validate on the same few images, so that learning must show."""
+    half = train.iloc[: len(train) // 2 * 2 : 2], train.iloc[1::2]
+    history = tiny.fit(*half, tmp_path, epochs=8, learning_rate=1e-2, batch_size=1)
+    assert list(history.epoch) == list(range(9))
+    assert history.train_loss.iloc[-1] < 0.7 * history.train_loss.iloc[1]
+    assert history.val_dice_loss.iloc[-1] < history.val_dice_loss.iloc[0]
+    assert history.best.sum() == 1
+    assert history.val_dice[history.best].iloc[0] == history.val_dice.max()
+    assert history.loc[0, ["train_loss", "train_dice", "learning_rate"]].isna().all()
+    assert (history.val_loss > history.val_dice_loss).all()  # cross-entropy comes on top
+    assert tiny.title == "tiny SAM, random weights, fine-tuned"
+
+
+def test_the_segmenter_ends_with_the_best_epoch(tiny, train, val, tmp_path):
+    history = tiny.fit(train, val, tmp_path, epochs=4, learning_rate=1e-2)
+    boxes = prompts.truth_boxes(val)
+    masks = tiny.predict_masks(embeddings.embed_rows(tiny, val, tmp_path), boxes)
+    dice = metrics.score(val, masks, surface=False).dice.mean()
+    assert dice == pytest.approx(history.val_dice.max(), abs=1e-9)
+
+
+def test_the_usual_recipe_trains_the_mask_decoder_alone(
+    tiny, train, val, tmp_path, any_epoch_is_better
+):
+    before = weights(tiny)
+    tiny.fit(train, val, tmp_path, epochs=1)
+    assert {name.split(".")[1] for name in changed(before, tiny)} == {"mask_decoder"}
+    assert not any(weight.requires_grad for weight in tiny.network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (["mask decoder"], {"mask_decoder"}),
+        (["prompt encoder"], {"prompt_encoder"}),
+        (["mask decoder", "prompt encoder"], {"mask_decoder", "prompt_encoder"}),
+        (["lora"], {"vision_encoder"}),
+        (["mask decoder", "lora"], {"mask_decoder", "vision_encoder"}),
+    ],
+)
+def test_what_trains_is_what_was_chosen(
+    tiny, train, val, tmp_path, any_epoch_is_better, parts, expected
+):
+    before = weights(tiny)
+    tiny.fit(train, val, tmp_path, **FAST, parts=parts)
+    names = changed(before, tiny)
+    assert {name.split(".")[1] for name in names} == expected
+    if parts == ["lora"]:
+        assert all("qkv" in name for name in names)
+    # Merged or not, it is saved and loaded like any other.
+    tiny.save(tmp_path / "saved")
+    assert changed(weights(tiny), sam.load(tmp_path / "saved", device="cpu")) == set()
+
+
+def test_lora_on_lite_medsam(train, val, tmp_path, any_epoch_is_better):
+    lite = sam.load("lite-medsam", device="cpu")
+    before = weights(lite)
+    lite.fit(train.iloc[:1], val.iloc[:1], tmp_path, epochs=1, learning_rate=1e-3, parts=["lora"])
+    names = changed(before, lite)
+    assert names
+    assert all("image_encoder" in name and "qkv" in name for name in names)
+
+
+def test_lora_needs_no_cache(tiny, train, val, tmp_path):
+    tiny.fit(train.iloc[:2], val.iloc[:1], tmp_path, epochs=1, parts=["lora"])
+    assert not (tmp_path / "embeddings").exists()
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"loss": "dice"},
+        {"loss": "dice+focal"},
+        {"loss": "mse"},
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"optimizer": "sgd"},
+        {"schedule": "cosine"},
+        {"jitter": 20},
+        {"views": 3},
+        {"clip": 0.01},
+        {"batch_size": 1},
+        {"average": 0.5},
+        {"mixed_precision": True},
+        {"seed": 1},
+    ],
+    ids=lambda choices: " ".join(choices),
+)
+def test_every_choice_changes_the_numbers(tiny, train, val, tmp_path, choices):
+    other = sam.load("tiny", device="cpu")
+    usual = tiny.fit(train, val, tmp_path, **FAST)
+    chosen = other.fit(train, val, tmp_path, **FAST, **choices)
+    assert np.isfinite(chosen.val_loss).all()
+    assert chosen.val_dice[0] == usual.val_dice[0]
+    assert chosen.val_loss.iloc[-1] != usual.val_loss.iloc[-1]
+
+
+def test_an_epoch_sees_one_view_of_each_image(tiny, train, val, tmp_path):
+    history = tiny.fit(train, val, tmp_path, **FAST, views=3)
+    assert len(list((tmp_path / "embeddings").rglob("*.safetensors"))) == 3 * len(train) + len(val)
+    assert len(history) == 4
+
+
+def test_a_lesion_turned_out_of_sight_is_seen_as_it_is(tiny, train, val, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        training.augment,
+        "view",
+        lambda image, mask, *_: (image, mask if mask is None else np.zeros_like(mask)),
+    )
+    assert len(tiny.fit(train, val, tmp_path, **FAST, views=2)) == 4
+
+
+def test_early_stopping(tiny, train, val, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.6, 0.55, 0.6, 0.9])
+    monkeypatch.setattr(
+        training._Run,
+        "_validate",
+        lambda run, epoch: {"val_loss": 1.0, "val_dice_loss": 1.0, "val_dice": next(scores)},
+    )
+    history = tiny.fit(train, val, tmp_path, epochs=20, patience=2)
+    assert list(history.val_dice) == [0.5, 0.6, 0.55, 0.6]
+    assert list(history.best) == [False, True, False, False]
+
+
+@pytest.mark.parametrize("choices", [{}, {"average": 0.9, "schedule": "cosine", "jitter": 9}])
+def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(
+    tiny, train, val, tmp_path, monkeypatch, choices
+):
+    unbroken = tiny.fit(train, val, tmp_path / "one", **FAST, **choices)
+    stopped = sam.load("tiny", device="cpu")
+    step = training._Run._step
+
+    def stop_in_epoch_2(run, batch, epoch, number):
+        if (epoch, number) == (2, 2):
+            raise KeyboardInterrupt
+        return step(run, batch, epoch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_step", stop_in_epoch_2)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.fit(train, val, tmp_path / "two", **FAST, **choices)
+    resumed = sam.load("tiny", device="cpu")
+    epochs = []
+    epoch = training._Run._epoch
+    monkeypatch.setattr(
+        training._Run, "_epoch", lambda run, n, *rest: epochs.append(n) or epoch(run, n, *rest)
+    )
+    history = resumed.fit(train, val, tmp_path / "two", **FAST, **choices)
+    assert epochs == [2, 3]
+    pd.testing.assert_frame_equal(numbers(history), numbers(unbroken))
+    assert changed(weights(tiny), resumed) == set()
+
+
+def test_a_finished_run_is_read(tiny, train, val, tmp_path, capsys, monkeypatch):
+    first = tiny.fit(train, val, tmp_path, **FAST)
+    again = sam.load("tiny", device="cpu")
+    monkeypatch.delattr(training._Run, "_step")
+    pd.testing.assert_frame_equal(again.fit(train, val, tmp_path, **FAST), first)
+    assert changed(weights(tiny), again) == set()
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_another_run_is_never_mixed_in(tiny, train, val, tmp_path):
+    key = lambda rows, **choices: (  # noqa: E731
+        training._Run(tiny, rows, val, tmp_path, training.Choices(**choices)).path
+    )
+    first = key(train)
+    others = {
+        key(train.iloc[1:]),
+        key(train, epochs=19),
+        key(train, seed=1),
+        key(train, mixed_precision=True),
+    }
+    with torch.no_grad():
+        next(tiny.network.model.mask_decoder.parameters()).add_(1)
+    assert len({first, *others, key(train)}) == 6
+
+
+def test_a_damaged_state(tiny, train, val, tmp_path):
+    tiny.fit(train, val, tmp_path, **FAST)
+    [path] = (tmp_path / "training").iterdir()
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cut off or altered.*delete it"):
+        sam.load("tiny", device="cpu").fit(train, val, tmp_path, **FAST)
+
+
+# Bad input
+
+
+def test_empty_masks_are_left_out_counted_and_named(tiny, index, val, tmp_path, capsys):
+    split = data.split(index)
+    train = split[split.subset == "train"]
+    normal = list(train.image_id[train.label == "normal"])
+    history = tiny.fit(train, val, tmp_path, epochs=1)
+    said = capsys.readouterr().out
+    assert f"train: {len(normal)} of {len(train)} images have an empty mask" in said
+    assert normal[0] in said
+    lesions = sam.load("tiny", device="cpu").fit(data.lesions(train), val, tmp_path, epochs=1)
+    pd.testing.assert_frame_equal(numbers(history), numbers(lesions))
+
+
+def test_masks_of_0_and_1_train_like_those_of_0_and_255(tiny, train, val, tmp_path, phantom_copy):
+    first = tiny.fit(train, val, tmp_path / "a", **FAST)
+    for path in phantom_copy.rglob("*_mask*.png"):
+        Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8)).save(path)
+    index = data.load_index(phantom_copy).set_index("image_id")
+    dim = train.assign(mask_paths=list(index.mask_paths[train.image_id]))
+    second = sam.load("tiny", device="cpu").fit(dim, val, tmp_path / "b", **FAST)
+    pd.testing.assert_frame_equal(numbers(first), numbers(second))
+    assert first.train_loss.iloc[1:].between(0, 20).all()
+
+
+def test_no_training_image(tiny, index, train, val, tmp_path):
+    with pytest.raises(ValueError, match=r"train holds no image with a lesion \(0 rows\)"):
+        tiny.fit(train.iloc[:0], val, tmp_path)
+    normal = index[index.label == "normal"]
+    with pytest.raises(ValueError, match="val holds no image with a lesion"):
+        tiny.fit(train, normal, tmp_path)
+
+
+def test_the_same_group_in_both(tiny, train, tmp_path):
+    with pytest.raises(ValueError, match="groups lie in both train and val"):
+        tiny.fit(train, train.iloc[:1], tmp_path)
+
+
+def test_a_loss_that_is_no_number(tiny, train, val, tmp_path):
+    before = weights(tiny)
+    with pytest.raises(FloatingPointError, match=r"epoch \d, step \d.*learning_rate 1e\+30.*lower"):
+        tiny.fit(train, val, tmp_path, epochs=3, learning_rate=1e30)
+    assert changed(before, tiny) == set()  # epoch 0 was the last good one
+    box = prompts.mask_to_box(data.read_truth(val.iloc[0]))
+    assert np.isfinite(tiny.predict(data.read_image(val.image_path[0]), box)).all()
+
+
+def test_out_of_memory_names_the_setting(tiny, train, val, tmp_path, monkeypatch):
+    def full(run, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(training._Run, "_step", full)
+    with pytest.raises(MemoryError, match=r"lower batch_size \(now 2\)"):
+        tiny.fit(train, val, tmp_path)
+    monkeypatch.setattr(tiny.network, "encode", full)
+    with pytest.raises(MemoryError, match="take a smaller checkpoint"):
+        tiny.embed([np.zeros((9, 9, 3), np.uint8)])
+    with pytest.raises(MemoryError, match=r"lower batch_size \(now 4\)"):
+        tiny.embed([np.zeros((9, 9, 3), np.uint8)] * 4, batch_size=4)
+
+
+def test_other_errors_are_not_called_lack_of_memory(tiny, monkeypatch):
+    def wrong(pixels):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(tiny.network, "encode", wrong)
+    with pytest.raises(RuntimeError, match="shapes"):
+        tiny.embed([np.zeros((9, 9, 3), np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"loss": "hinge"}, "loss 'hinge' is none of dice, dice\\+ce"),
+        ({"optimizer": "lion"}, "optimizer 'lion' is none of"),
+        ({"schedule": "triangle"}, "schedule 'triangle' is none of"),
+        ({"parts": ["decoder"]}, "parts .* must name one or more of mask decoder"),
+        ({"parts": []}, "parts .* must name"),
+        ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"views": 0}, "views is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"average": 1.0}, "average is 1.0"),
+        ({"jitter": -1}, "jitter is -1"),
+        ({"clip": -1.0}, "clip is -1.0"),
+    ],
+    ids=str,
+)
+def test_choices_are_checked(choices, message):
+    with pytest.raises(ValueError, match=message):
+        training.Choices(**choices)
+
+
+def test_an_unknown_choice(tiny, train, val, tmp_path):
+    with pytest.raises(TypeError, match="momentum"):
+        tiny.fit(train, val, tmp_path, momentum=0.9)
+
+
+# Several processes
+
+LAUNCH = """
+import sys
+import pandas as pd
+from accelerate import debug_launcher, notebook_launcher
+from helpers import training
+
+if __name__ == "__main__":
+    train, val = (pd.read_pickle(path) for path in sys.argv[1:3])
+    arguments = ("tiny", "float32", train, val, sys.argv[3], {"epochs": 2, "learning_rate": 1e-3})
+    if sys.argv[4] == "1":
+        notebook_launcher(training.fit_in_process, arguments, num_processes=1)
+    else:
+        debug_launcher(training.fit_in_process, arguments, num_processes=int(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_share_a_run(tiny, train, val, tmp_path, processes, monkeypatch):
+    even = train.iloc[: len(train) // 2 * 2]
+    even.to_pickle(tmp_path / "train.pkl")
+    val.to_pickle(tmp_path / "val.pkl")
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    cache = tmp_path / "cache"
+    command = [sys.executable, "launch.py", "train.pkl", "val.pkl", "cache", str(processes)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=240)
+    alone = tiny.fit(even, val, tmp_path / "alone", epochs=2, learning_rate=1e-3)
+    read = sam.load("tiny", device="cpu")
+    monkeypatch.delattr(training._Run, "_step")
+    together = read.fit(even, val, cache, epochs=2, learning_rate=1e-3)
+    pd.testing.assert_frame_equal(numbers(together), numbers(alone), rtol=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share(tiny, train, val, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(training.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="batch_size 2 can't be shared by 3 processes"):
+        tiny.fit(train, val, tmp_path)
+
+
+def test_the_history_is_plain(tiny, train, val, tmp_path):
+    history = tiny.fit(train, val, tmp_path, **FAST)
+    assert set(history.source) == {"synthetic"}
+    assert json.loads(history.to_json())["epoch"]["3"] == 3
