@@ -7,8 +7,8 @@ PYTHON ?= python3
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/installed ## execute the notebooks into executed/, with index.html: about 4 minutes
-	@echo "Executing the notebooks into executed/: about 4 minutes on 2 cores, and the download of BUSI"
+run: .venv/installed ## execute the notebooks into executed/, with index.html: about 35 minutes
+	@echo "Executing the notebooks into executed/: about 35 minutes on 2 cores, and the download of BUSI"
 	.venv/bin/python -m helpers.run
 
 test: .venv/installed ## test everything, each notebook included: about 2 minutes on 2 cores
@@ -27,8 +27,9 @@ format: .venv/installed ## put code and notebooks into the house style
 table: .venv/installed ## make README's table and figure from results/
 	.venv/bin/python -m helpers.results
 
-benchmark: .venv/installed ## time embed against the bare network, check it on real BUSI: 3 minutes
+benchmark: .venv/installed ## time embedding and fine-tuning, check their scores on real BUSI: 12 minutes
 	.venv/bin/python tests/benchmarks/embed.py
+	.venv/bin/python tests/benchmarks/finetune.py
 
 clean: ## remove .venv and executed/
 	rm -rf .venv executed

@@ -15,7 +15,7 @@ SETTINGS = {
     "FOLD": "which of the five folds is the test fold, 0 to 4",
     "SEED": "seed of everything random",
     "CHECKPOINT": "weights: 'lite-medsam', a Hub id, a local folder or 'tiny'",
-    "PRECISION": "what the image encoder and fine-tuning multiply in: 'float32' or 'bfloat16'",
+    "PRECISION": "what the image encoder and fine-tuning multiply in: 'float32', 'bfloat16', 'auto'",
     "EPOCHS": "passes over the training images",
     "LEARNING_RATE": "of fine-tuning, at the start",
     "PROCESSES": "GPUs that share the fine-tuning",

@@ -220,15 +220,42 @@ def select(results, fold=0, seed=0):
     return results
 
 
+def tricks_table(path=""):
+    """Lay results/tricks.csv out for reading: what each fine-tuning trick gave on validation.
+
+    Args:
+        path: folder of result files, as for `folder`.
+
+    Returns:
+        DataFrame of text: trick, the epoch that was kept, and mean Dice with tight boxes (all, benign,
+        malignant) and with jittered ones.
+    """
+    tricks = pd.read_csv(folder(path) / "tricks.csv")
+    columns = {"Trick": tricks.trick}
+    columns["Kept epoch"] = [
+        "" if pd.isna(epoch) else f"{epoch:.0f}" for epoch in tricks.kept_epoch
+    ]
+    for column, title in (
+        ("tight_dice", "Dice, tight box"),
+        ("tight_benign", "benign"),
+        ("tight_malignant", "malignant"),
+        ("jittered_dice", "Dice, jittered box"),
+    ):
+        columns[title] = tricks[column].map("{:.4f}".format)
+    return pd.DataFrame(columns)
+
+
 def write_readme():
-    """Make README's result table and figure from the files in results/."""
+    """Make README's tables and figure from the files in results/."""
     from helpers import plots
 
     results = select(load_all())
     readme = folder().parent / "README.md"
-    before, start, rest = readme.read_text().partition("<!-- results -->")
-    _, end, after = rest.partition("<!-- /results -->")
-    text = f"{before}{start}\n{markdown(table(results))}\n{end}{after}"
+    text = readme.read_text()
+    for name, frame in (("results", table(results)), ("tricks", tricks_table())):
+        before, start, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        text = f"{before}{start}\n{markdown(frame)}\n{end}{after}"
     data.write_whole(readme, text.encode())
     plots.comparison(results).savefig(folder() / "comparison.png", dpi=150)
 

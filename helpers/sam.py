@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 MARKER = "segmenter.json"
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +75,6 @@ def _hub_failure(name):
     return ""
 
 
-def default_precision():
-    """Return "bfloat16" where the GPU or the processor multiplies it natively, else "float32"."""
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
-
-
 def load(checkpoint="lite-medsam", device=None, precision="float32"):
     """Load a promptable segmenter.
 
@@ -92,7 +83,8 @@ def load(checkpoint="lite-medsam", device=None, precision="float32"):
             `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor).
             "lite-medsam" comes with pip; "tiny" has random weights, for tests.
         device: of torch; by default a GPU where there is one.
-        precision: "float32" or "bfloat16", what the image encoder and `fit` multiply in.
+        precision: what the image encoder and `fit` multiply in: "float32", "bfloat16", or "auto":
+            bfloat16 where the device multiplies it natively, which is faster.
 
     Returns:
         Segmenter, in evaluation mode.
@@ -105,6 +97,8 @@ def load(checkpoint="lite-medsam", device=None, precision="float32"):
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision == "auto":
+        precision = "bfloat16" if _multiplies_bfloat16(device) else "float32"
     name, path = str(checkpoint), Path(checkpoint)
     if name == "lite-medsam":
         network = _LiteMedSAM()
@@ -127,6 +121,14 @@ def load(checkpoint="lite-medsam", device=None, precision="float32"):
         )
     recipe = RECIPES.get(name) or _processor_recipe(name)
     return Segmenter(network, recipe, name, device, precision=precision)
+
+
+def _multiplies_bfloat16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,8 @@ class Segmenter:
         network: torch module with `encode` and `decode`.
         recipe: Recipe of the checkpoint's family.
         device: torch device.
-        precision: what the encoder and `fit` multiply in; `predict` decodes in float32.
+        precision: "float32" or "bfloat16", what the encoder and `fit` multiply in; `predict`
+            decodes in float32.
         batch_size: images per forward pass: 8 on a GPU; 1 on a CPU, whose caches hold one image
             (8 take half as long again per image there, and 2 GB more).
     """
@@ -418,6 +421,7 @@ class _LiteMedSAM(torch.nn.Module):
     """LiteMedSAM's network: a TinyViT encoder with SAM's prompt encoder and mask decoder."""
 
     encoder = "net.image_encoder"
+    grid = 256  # side of the logits
     parts = {"mask decoder": "net.mask_decoder", "prompt encoder": "net.prompt_encoder"}
 
     def __init__(self):
@@ -455,6 +459,8 @@ class _TransformersSAM(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        vision = model.config.vision_config
+        self.grid = 4 * vision.image_size // vision.patch_size  # side of the logits
 
     def encode(self, pixels):
         return self.model.vision_encoder(pixels)[0]

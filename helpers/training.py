@@ -170,8 +170,8 @@ class _Example:
     load: Callable  # () -> tensor, the embedding (channels, h, w) or the pixels (3, size, size)
     image_size: tuple  # (H, W), pixels
     resized: tuple  # (h, w) of the network's input, pixels
-    box: np.ndarray  # (4,), pixels of the image
-    truth: np.ndarray  # bool (H, W)
+    box: np.ndarray  # (4,), pixels of the image; None where a view turned the lesion out of it
+    target: np.ndarray  # bool (grid, grid): the truth, resized and padded like the image
 
 
 class _Forward(torch.nn.Module):
@@ -261,9 +261,13 @@ class _Run:
     def _train_on(self):
         choices = self.choices
         views = [self._examples(self.train_rows, view) for view in range(choices.views)]
-        # A lesion that a view turns out of the image is seen as it is.
-        views = [[ex if ex.truth.any() else views[0][i] for i, ex in enumerate(v)] for v in views]
+        # A lesion that a view turned out of the image is seen as it is.
+        views = [
+            [seen if seen.box is not None else views[0][i] for i, seen in enumerate(examples)]
+            for examples in views
+        ]
         self.val_examples = self._examples(self.val_rows, 0)
+        self.val_truths = [data.read_truth(row) for row in self.val_rows.itertuples()]
         if not self.history:
             self._close_epoch({"epoch": 0, "learning_rate": np.nan}, time.perf_counter())
         steps = -(-len(self.train_rows) // choices.batch_size)
@@ -309,35 +313,36 @@ class _Run:
         if view:
             image = data.read_image(row.image_path)
             truth = augment.view(image, truth, view, row.image_id, seed)[1]
+        resized = stored.resized if stored else input_shape(truth.shape, self.segmenter.recipe)
         return _Example(
             image_id=row.image_id,
             load=(lambda: stored.features) if stored else pixels,
             image_size=truth.shape,
-            resized=stored.resized if stored else input_shape(truth.shape, self.segmenter.recipe),
+            resized=resized,
             box=prompts.mask_to_box(truth) if truth.any() else None,
-            truth=truth,
+            target=self._target(truth, resized),
         )
 
+    def _target(self, truth, resized):
+        grid = self.network.grid
+        height, width = (
+            max(1, round(side * grid / self.segmenter.recipe.input_size)) for side in resized
+        )
+        small = cv2.resize(truth.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+        target = np.zeros((grid, grid), dtype=bool)
+        target[:height, :width] = small > 0.5
+        return target
+
     def _batch(self, examples, boxes):
-        """Return inputs and boxes as the network takes them."""
+        """Return inputs, boxes (N, 4) as the network takes them, and targets (N, 1, grid, grid)."""
         inputs = torch.stack([example.load().float() for example in examples])
         scaled = [
             scale_box(box, example.image_size, example.resized)
             for example, box in zip(examples, boxes)
         ]
-        return inputs.to(self.segmenter.device), torch.stack(scaled).to(self.segmenter.device)
-
-    def _targets(self, examples, grid):
-        """Bring truths to the grid of the logits: resized and padded like the image. (N, 1, h, w)."""
-        targets = np.zeros((len(examples), 1, grid, grid), dtype=np.float32)
-        share = grid / self.segmenter.recipe.input_size
-        for target, example in zip(targets, examples):
-            height, width = (max(1, round(side * share)) for side in example.resized)
-            small = cv2.resize(
-                example.truth.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA
-            )
-            target[0, :height, :width] = small > 0.5
-        return torch.from_numpy(targets).to(self.segmenter.device)
+        targets = torch.from_numpy(np.stack([example.target for example in examples]))[:, None]
+        device = self.segmenter.device
+        return inputs.to(device), torch.stack(scaled).to(device), targets.float().to(device)
 
     # What trains
 
@@ -429,11 +434,10 @@ class _Run:
             batch = batch + batch[:1]
         batch = batch[self.rank :: self.world]
         boxes = [self._jittered(example, epoch) for example in batch]
-        inputs, boxes = self._batch(batch, boxes)
+        inputs, boxes, targets = self._batch(batch, boxes)
         with self._autocast():
             logits = self.forward(inputs, boxes)
         logits = logits[:, None].float()
-        targets = self._targets(batch, logits.shape[-1])
         loss = self.losses[choices.loss](logits, targets)
         self.optimizer.zero_grad()
         loss.backward()
@@ -495,11 +499,11 @@ class _Run:
     @torch.no_grad()
     def _validate(self, epoch):
         sums = np.zeros(4)
-        for example in self.val_examples[self.rank :: self.world]:
-            inputs, boxes = self._batch([example], [example.box])
+        share = slice(self.rank, None, self.world)
+        for example, truth in list(zip(self.val_examples, self.val_truths))[share]:
+            inputs, boxes, targets = self._batch([example], [example.box])
             features = self.segmenter.encode(inputs) if self.from_pixels else inputs
             logits = self.network.decode(features, boxes)[:, None].float()
-            targets = self._targets([example], logits.shape[-1])
             losses = [
                 self.losses[name](logits, targets).item() for name in (self.choices.loss, "dice")
             ]
@@ -507,7 +511,7 @@ class _Run:
                 enlarge(logits, example.image_size, example.resized, self.segmenter.recipe)[0, 0]
                 > 0
             )
-            dice = metrics.segmentation(mask.cpu().numpy(), example.truth, surface=False)["dice"]
+            dice = metrics.segmentation(mask.cpu().numpy(), truth, surface=False)["dice"]
             sums += [*losses, dice, 1]
         if self.world > 1:
             shares = [None] * self.world

@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -476,3 +477,10 @@ def test_importing_helpers_loads_no_framework():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip()
         == ""
     )
+
+
+def test_the_cache_folder_can_be_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data.cache_folder() == tmp_path / "breast-ultrasound-notebooks"
+    assert data.cache_folder("elsewhere") == Path("elsewhere")
+    assert data.cache_folder("~/here") == Path.home() / "here"

@@ -21,7 +21,8 @@ def save(run, path, **changes):
 
 def test_a_row_says_where_it_comes_from(run, tmp_path):
     scores, rows = run
-    file = save(run, tmp_path, seed=3, fold=2, settings={"jitter": 20})
+    details = {"training": {"epochs": 20}}
+    file = save(run, tmp_path, seed=3, fold=2, settings={"jitter": 20}, details=details)
     name = "synthetic-ellipse-in-the-box-ground-truth-box-jitter-20-fold-2-seed-3-n6.json"
     assert file.name == name
     result = json.loads(file.read_text())
@@ -34,6 +35,7 @@ def test_a_row_says_where_it_comes_from(run, tmp_path):
     }
     assert result["seed"] == 3
     assert result["settings"] == {"jitter": 20}
+    assert result["details"] == details  # told, but no part of the name
     assert result["device"].startswith("CPU")
     assert {"python", "torch", "monai"} <= set(result["versions"])
     assert result["summary"]["all"]["dice"]["mean"] == pytest.approx(scores.dice.mean(), abs=1e-5)
@@ -114,6 +116,7 @@ def test_committed_results_are_of_one_test_fold():
 def test_readme_shows_the_committed_results():
     readme = (results.folder().parent / "README.md").read_text()
     assert results.markdown(results.table(results.select(results.load_all()))) in readme
+    assert results.markdown(results.tricks_table()) in readme
 
 
 def test_what_a_run_leaves_beside_them_stays_out_of_the_table(run, tmp_path):
@@ -170,11 +173,18 @@ def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch
     scores, rows = run
     save((scores.assign(source="BUSI"), rows), tmp_path / "results")
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    block = "<!-- {0} -->\nold\n<!-- /{0} -->\n"
+    readme.write_text(f"before\n{block.format('results')}between\n{block.format('tricks')}after\n")
+    (tmp_path / "results/tricks.csv").write_text(
+        "trick,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
+        "nothing,,0.9,0.8,0.7,0.6\nmagic,12,0.91,0.81,0.71,0.61\n"
+    )
     monkeypatch.setattr(results, "folder", lambda path="": tmp_path / "results")
     results.write_readme()
     text = readme.read_text()
     assert text.startswith("before\n<!-- results -->\n| Prompt")
-    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "<!-- /results -->\nbetween\n<!-- tricks -->\n| Trick" in text
+    assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
+    assert text.endswith("<!-- /tricks -->\nafter\n")
     assert "old" not in text
     assert (tmp_path / "results/comparison.png").is_file()

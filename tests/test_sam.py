@@ -394,3 +394,49 @@ def test_a_small_image(tiny):
 
 def test_the_whole_image_is_a_box(tiny, image):
     assert tiny.predict(image, [0, 0, 139, 89]).shape == (90, 140)
+
+
+def test_bfloat16_outlines_the_same(lite, index):
+    row = data.lesions(index).iloc[0]
+    picture, box = data.read_image(row.image_path), prompts.mask_to_box(data.read_truth(row))
+    fast = sam.load("lite-medsam", device="cpu", precision="bfloat16")
+    [embedding] = fast.embed([picture])
+    assert embedding.features.dtype == torch.float32
+    ours, theirs = fast.predict(embedding, box) > 0.5, lite.predict(picture, box) > 0.5
+    assert not torch.equal(embedding.features, lite.embed([picture])[0].features)
+    assert (ours ^ theirs).mean() < 0.005
+
+
+def test_an_unknown_precision():
+    with pytest.raises(ValueError, match="precision 'float16' is none of float32, bfloat16, auto"):
+        sam.load("tiny", device="cpu", precision="float16")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_automatic_precision_is_what_the_processor_multiplies(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert sam.load("tiny", device="cpu", precision="auto").precision == expected
+    assert sam.load("tiny", device="cpu").precision == "float32"
+
+
+def test_the_default_checkpoint_says_why_it_is_not_the_wanted_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sam.default_checkpoint("facebook/sam-vit-base") == "lite-medsam"
+    assert "takes the place of facebook/sam-vit-base: there is no GPU" in capsys.readouterr().out
+
+    import huggingface_hub
+
+    def offline(name, file, etag_timeout):
+        raise OSError("the Hub does not answer\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    assert sam.default_checkpoint() == "lite-medsam"
+    said = capsys.readouterr().out
+    assert (
+        said == "LiteMedSAM takes the place of wanglab/medsam-vit-base: the Hub does not answer\n"
+    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: "config.json")
+    assert sam.default_checkpoint() == "wanglab/medsam-vit-base"
+    assert capsys.readouterr().out == ""
