@@ -301,13 +301,17 @@ def jitter_curve(curve):
     """Mean Dice with its interval against the size of the box error.
 
     Args:
-        curve: DataFrame with `pixels`, `name` (one line each), `mean`, `low`, `high` and `source`.
+        curve: DataFrame with `pixels`, `name` (one line each), `mean`, `low`, `high` and `source`. Names
+            such as "LiteMedSAM, outwards" and "LiteMedSAM, either way" share a colour.
     """
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    colours = (PREDICTION, LABEL_COLOURS["normal"], "#999999", "#CC79A7")
-    for (name, line), colour in zip(curve.groupby("name", sort=False), colours):
-        axes.plot(line.pixels, line["mean"], marker="o", color=colour, label=name)
-        axes.fill_between(line.pixels, line.low, line.high, alpha=0.2, color=colour, linewidth=0)
+    colours = {}
+    for name, line in curve.groupby("name", sort=False):
+        model, _, way = name.rpartition(", ")
+        colour = colours.setdefault(model, (PREDICTION, LABEL_COLOURS["normal"])[len(colours) % 2])
+        style = "--" if way == "either way" else "-"
+        axes.plot(line.pixels, line["mean"], style, marker="o", color=colour, label=name)
+        axes.fill_between(line.pixels, line.low, line.high, alpha=0.15, color=colour, linewidth=0)
     axes.set(xlabel="largest shift of each side of the box (pixels)", ylabel="mean Dice")
     axes.legend(frameon=False)
     return _finish(figure, curve, "How the score hangs on the box (band: 95 % interval)")

@@ -29,6 +29,7 @@ from helpers import augment, data, embeddings, metrics, prompts
 from helpers.sam import enlarge, input_shape, memory_advice, preprocess, scale_box
 
 VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
+WRITE_EVERY = 10  # seconds between two states on disk, and at the end; a stop loses no more
 PARTS = ("mask decoder", "prompt encoder", "lora")
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
@@ -368,6 +369,7 @@ class _Run:
         )
         self.average = self._copy() if choices.average else {}
         self.best, self.best_epoch, self.history = self._copy(), 0, []
+        self.written = time.monotonic()
         if state:
             self._load(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -493,8 +495,10 @@ class _Run:
             self.best, self.best_epoch = self._copy(), record["epoch"]
         self._load(current)
         self.history.append(record | {"seconds": round(time.perf_counter() - begun, 2)})
-        if self.rank == 0:
+        due = self._finished() or time.monotonic() - self.written > WRITE_EVERY
+        if self.rank == 0 and due:
             self._write()
+            self.written = time.monotonic()
 
     @torch.no_grad()
     def _validate(self, epoch):

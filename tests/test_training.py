@@ -184,6 +184,7 @@ def test_early_stopping(tiny, train, val, tmp_path, monkeypatch):
 def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(
     tiny, train, val, tmp_path, monkeypatch, choices
 ):
+    monkeypatch.setattr(training, "WRITE_EVERY", 0)
     unbroken = tiny.fit(train, val, tmp_path / "one", **FAST, **choices)
     stopped = sam.load("tiny", device="cpu")
     step = training._Run._step
@@ -207,6 +208,19 @@ def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(
     assert epochs == [2, 3]
     pd.testing.assert_frame_equal(numbers(history), numbers(unbroken))
     assert changed(weights(tiny), resumed) == set()
+
+
+def test_short_epochs_do_not_all_write_their_state(tiny, train, val, tmp_path, monkeypatch):
+    written = []
+    write = training._Run._write
+    monkeypatch.setattr(
+        training._Run, "_write", lambda run: written.append(len(run.history)) or write(run)
+    )
+    tiny.fit(train, val, tmp_path / "a", **FAST)
+    assert written == [4]  # epochs 0 to 3, at the end
+    monkeypatch.setattr(training, "WRITE_EVERY", 0)
+    sam.load("tiny", device="cpu").fit(train, val, tmp_path / "b", **FAST)
+    assert written == [4, 1, 2, 3, 4]
 
 
 def test_a_finished_run_is_read(tiny, train, val, tmp_path, capsys, monkeypatch):
