@@ -305,10 +305,10 @@ def jitter_curve(curve):
             such as "LiteMedSAM, outwards" and "LiteMedSAM, either way" share a colour.
     """
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    colours = {}
+    colours, palette = {}, (PREDICTION, LABEL_COLOURS["normal"], "#999999", BEFORE)
     for name, line in curve.groupby("name", sort=False):
-        model, _, way = name.rpartition(", ")
-        colour = colours.setdefault(model, (PREDICTION, LABEL_COLOURS["normal"])[len(colours) % 2])
+        model, _, way = name.partition(", ")
+        colour = colours.setdefault(model, palette[len(colours) % len(palette)])
         style = "--" if way == "either way" else "-"
         axes.plot(line.pixels, line["mean"], style, marker="o", color=colour, label=name)
         axes.fill_between(line.pixels, line.low, line.high, alpha=0.15, color=colour, linewidth=0)
