@@ -84,6 +84,8 @@ def alone(loop, arguments):
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(1) as pool:
         found = pool.apply(measured, (loop, *arguments))
+        pool.close()
+        pool.join()  # leaving the block would kill the process before it has cleaned up
     print(
         f"{loop.__name__.replace('_', ' ')}: {found['seconds']:.1f} s, validation loss "
         f"{found['loss']:.4f}, peak memory {found['memory']:.2f} GB",
