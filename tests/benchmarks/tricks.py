@@ -48,7 +48,6 @@ def main(texts):
         if choices is not None:
             history = segmenter.fit(train, val, cache, **choices)
             line["kept_epoch"] = int(history.epoch[history.best].iloc[0])
-            line["minutes"] = round(history.seconds.sum() / 60, 1)
         found = embeddings.embed_rows(segmenter, val, cache)
         for kind, prompt in (("tight", boxes), ("jittered", loose)):
             scores = metrics.score(val, segmenter.predict_masks(found, prompt), surface=False)
