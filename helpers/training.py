@@ -29,7 +29,7 @@ from helpers import augment, data, embeddings, metrics, prompts
 from helpers.sam import enlarge, input_shape, memory_advice, preprocess, scale_box
 
 VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
-WRITE_EVERY = 10  # seconds between two states on disk, and at the end; a stop loses no more
+WRITE_EVERY = 10  # seconds: short epochs do not each write their state
 PARTS = ("mask decoder", "prompt encoder", "lora")
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
