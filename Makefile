@@ -24,11 +24,12 @@ format: .venv/installed ## put code and notebooks into the house style
 	.venv/bin/ruff format
 	.venv/bin/nbstripout notebooks/*.ipynb
 
-table: .venv/installed ## make README's table and figure from results/
-	.venv/bin/python -m helpers.results
+table: .venv/installed ## make README's tables and figure from results/
+	.venv/bin/python -m helpers.tables
 
-benchmark: .venv/installed ## time embedding and fine-tuning, check their scores on real BUSI: 12 minutes
+benchmark: .venv/installed ## time embedding, fine-tuning and the U-Net's input, on real BUSI: 13 minutes
 	.venv/bin/python tests/benchmarks/embed.py
+	.venv/bin/python tests/benchmarks/unet.py
 	.venv/bin/python tests/benchmarks/finetune.py
 
 clean: ## remove .venv and executed/

@@ -12,8 +12,13 @@ Where to look:
 | `sam` | SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, fine-tune, save |
 | `embeddings` | the disk cache of image embeddings |
 | `training` | what fine-tuning does: choices, the epoch loop, resuming |
+| `unet` | a U-Net in Keras: build, train, predict |
+| `vgg` | VGG-16: build, train, predict, explain |
+| `heads` | a lesion map and the class from cached embeddings |
+| `outline` | what the outline alone gives away about the class |
 | `metrics` | segmentation and classification scores, a rule for every empty case, intervals |
-| `results` | one JSON per model and run; the table and the figure made from them |
+| `results` | one JSON per model and run: written, read, selected |
+| `tables` | what is made of them: the tables and the figure of README and notebook 06 |
 | `plots` | every figure of the notebooks |
 | `run` | `python -m helpers.run`: execute the notebooks, leave copies and a page |
 

@@ -436,7 +436,7 @@ def assign_folds(index, seed=0):
     return fold
 
 
-def split(index, fold=0, seed=0):
+def split(index, fold=0, seed=0, grouped=True):
     """Split by group: fold `fold` is test, the next is validation, three train.
 
     The images whose frame lies in two class folders (objection `multiclass`) are dropped.
@@ -447,21 +447,49 @@ def split(index, fold=0, seed=0):
         fold: 0 to 4.
         seed: 0 reads the stored folds of BUSI, the same on every machine; another seed is dealt by
             the installed scikit-learn.
+        grouped: False deals image by image, as most papers do: each image then counts as a group of
+            its own, and near-copies of test images are trained on. To show what that is worth.
 
     Returns:
-        DataFrame: `index` with the columns `fold` and `subset` ("train", "val" or "test"), no group
-        in two.
+        DataFrame: `index` with the columns `fold`, `subset` ("train", "val" or "test"; no group in
+        two) and `split` ("grouped" or "random").
 
     Raises:
         ValueError: `fold` is not 0 to 4.
     """
     if fold not in range(N_FOLDS):
         raise ValueError(f"fold {fold!r} is not one of 0 to {N_FOLDS - 1}")
-    folds = index.fold if seed == 0 and "fold" in index else assign_folds(index, seed)
+    if not grouped:
+        index = index.assign(group=index.image_id)
+    stored = grouped and seed == 0 and "fold" in index
+    folds = index.fold if stored else assign_folds(index, seed)
     kept = index.assign(fold=folds)[folds >= 0]
     distance = (folds[folds >= 0] - fold) % N_FOLDS
     kept["subset"] = distance.map({0: "test", 1: "val"}).fillna("train")
+    kept["split"] = "grouped" if grouped else "random"
     return kept
+
+
+def check_apart(train, val):
+    """Raise ValueError where a group lies in both sets of rows."""
+    shared = set(train.group) & set(val.group)
+    if shared:
+        raise ValueError(
+            f"{len(shared)} groups lie in both train and val, such as {min(shared)!r}; take both "
+            "from helpers.data.split"
+        )
+
+
+def check_classes(rows):
+    """Raise ValueError where one of `LABELS` has no row, or a row another label."""
+    counts = rows.label.value_counts()
+    lacking = [label for label in LABELS if label not in counts]
+    foreign = sorted(set(counts.index) - set(LABELS))
+    if lacking or foreign:
+        raise ValueError(
+            f"training needs images of each of {', '.join(LABELS)}; these rows lack {lacking or 'none'} "
+            f"and hold the foreign labels {foreign or 'none'}; check the class folders of the data"
+        )
 
 
 def scored(index, subset="test", limit=0):

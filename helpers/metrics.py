@@ -127,13 +127,12 @@ def summary(scores, metrics=SEGMENTATION, seed=0):
         seed: of the bootstrap.
 
     Returns:
-        DataFrame, one row per set of images (all, then each label) and metric, with `images`,
+        DataFrame, one row per set of images ("lesions", then each label) and metric, with `images`,
         `groups`, `mean`, `median`, `low` and `high`.
     """
-    sets = {"all": scores} | {name: scores[scores.label == name] for name in data.LABELS}
     table = []
-    for name, part in sets.items():
-        for metric in metrics if len(part) else ():  # a set without images has no row
+    for name, part in _sets(scores):
+        for metric in metrics:
             low, high = bootstrap_interval(part[metric], part.group, seed=seed)
             table.append(
                 {
@@ -148,6 +147,15 @@ def summary(scores, metrics=SEGMENTATION, seed=0):
                 }
             )
     return pd.DataFrame(table)
+
+
+def _sets(scores):
+    """Yield name and rows of each set of images that has any: the lesions together, then each label."""
+    for name in ("lesions", *data.LABELS):
+        labels = ("benign", "malignant") if name == "lesions" else (name,)
+        part = scores[scores.label.isin(labels)]
+        if len(part):
+            yield name, part
 
 
 def summary_table(scores, metrics=("dice", "iou", "hd95", "nsd"), seed=0):
@@ -214,7 +222,7 @@ def paired(after, before, metric="dice", seed=0):
         seed: of the bootstrap.
 
     Returns:
-        DataFrame, one row per set of images (all, then each label): `images`, `difference` (mean of
+        DataFrame, one row per set of images ("lesions", then each label): `images`, `difference` (mean of
         after - before) with its 95 % interval `low`, `high` over groups, `better` and `worse`
         (images), and `p_value` of Wilcoxon's signed-rank test over the groups' mean differences
         (two-sided; NaN where no group differs).
@@ -229,11 +237,8 @@ def paired(after, before, metric="dice", seed=0):
     table = after[["image_id", "label", "group"]].assign(
         difference=after[metric].to_numpy() - before[metric].to_numpy()
     )
-    sets = {"all": table} | {name: table[table.label == name] for name in data.LABELS}
     lines = []
-    for name, part in sets.items():
-        if not len(part):
-            continue
+    for name, part in _sets(table):
         low, high = bootstrap_interval(part.difference, part.group, seed=seed)
         by_group = part.groupby("group").difference.mean()
         lines.append(
@@ -275,6 +280,42 @@ def jitter_curve(
         low, high = bootstrap_interval(scores.dice, scores.group, seed=seed)
         points.append({"pixels": shift, "mean": scores.dice.mean(), "low": low, "high": high})
     return pd.DataFrame(points).assign(name=name, source=rows.source.iloc[0])
+
+
+def circle(shift=0, radius=30, shape=(128, 160)):
+    """Return a filled circle, bool `shape`, its middle `shift` pixels right of the image's middle."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    return (x - shape[1] / 2 - shift) ** 2 + (y - shape[0] / 2) ** 2 <= radius**2
+
+
+def circle_curve(shifts=range(0, 71, 5), radius=30):
+    """Score a circle that moves away from its truth: DataFrame of `shift` and `segmentation`'s scores."""
+    truth = circle(radius=radius)
+    return pd.DataFrame(
+        [{"shift": shift} | segmentation(circle(shift, radius), truth) for shift in shifts]
+    )
+
+
+def dice_loss_of_confidence(probabilities=(0.55, 0.65, 0.75, 0.85, 0.95, 0.999)):
+    """Show that Dice loss is not one minus Dice: a perfect outline, given with less or more confidence.
+
+    Args:
+        probabilities: that the pixels inside the truth get; those outside get one minus that.
+
+    Returns:
+        DataFrame: `probability`, `dice_loss` (MONAI's, with squared denominators, as in fine-tuning)
+        and `dice` of the thresholded mask, which is 1 for all of them.
+    """
+    from monai.losses import DiceLoss
+
+    truth = circle()
+    lines = []
+    for probability in probabilities:
+        found = np.where(truth, probability, 1 - probability)
+        loss = DiceLoss(squared_pred=True)(_batch(found), _batch(truth))
+        score = segmentation(found > 0.5, truth, surface=False)["dice"]
+        lines.append({"probability": probability, "dice_loss": float(loss), "dice": score})
+    return pd.DataFrame(lines)
 
 
 def classification(probabilities, labels):
@@ -335,6 +376,107 @@ def classification(probabilities, labels):
         "specificity": float(said_benign[~malignant].mean()) if (~malignant).any() else np.nan,
         "calibration_error": _calibration_error(probabilities, predicted == truth),
     }
+
+
+def class_summary(probabilities, rows, seed=0, resamples=1000):
+    """Score class probabilities, with 95 % percentile bootstrap intervals over groups.
+
+    Args:
+        probabilities: float (N, 3), columns in the order of `helpers.data.LABELS`.
+        rows: the N rows of an index.
+        seed: of the bootstrap.
+        resamples: how often the groups are drawn.
+
+    Returns:
+        DataFrame, one row per metric of `classification`: `metric`, `mean` (the value on all
+        images), `low` and `high`. What a missing class leaves undefined is NaN.
+    """
+    probabilities, labels = np.asarray(probabilities, dtype=float), rows.label.to_numpy()
+    values = classification(probabilities, labels)
+    members = list(rows.groupby("group").indices.values())
+    generator = np.random.default_rng(seed)
+    drawn = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no image is")  # said once, above
+        for _ in range(resamples):
+            which = generator.integers(len(members), size=len(members))
+            sample = np.concatenate([members[group] for group in which])
+            drawn.append(classification(probabilities[sample], labels[sample]))
+        bounds = pd.DataFrame(drawn).quantile([0.025, 0.975])  # leaves NaN out
+    return pd.DataFrame(
+        [
+            {
+                "metric": name,
+                "mean": value,
+                "low": bounds[name].iloc[0],
+                "high": bounds[name].iloc[1],
+            }
+            for name, value in values.items()
+        ]
+    )
+
+
+def class_table(probabilities_by_name, rows, seed=0):
+    """Lay `class_summary` out for reading: one row per model, "value [low, high]" per metric.
+
+    Args:
+        probabilities_by_name: dict from a model's name to float (N, 3).
+        rows: the N rows of an index.
+        seed: of the bootstrap.
+    """
+    titles = {
+        "accuracy": "accuracy",
+        "balanced_accuracy": "balanced",
+        "macro_auc": "macro AUC",
+        "sensitivity": "malignant sensitivity",
+        "specificity": "malignant specificity",
+        "calibration_error": "calibration error",
+    }
+    lines = {}
+    for name, probabilities in probabilities_by_name.items():
+        table = class_summary(probabilities, rows, seed).set_index("metric")
+        lines[name] = {
+            title: "undefined"
+            if np.isnan(table["mean"][metric])
+            else f"{table['mean'][metric]:.3f} [{table.low[metric]:.3f}, {table.high[metric]:.3f}]"
+            for metric, title in titles.items()
+        }
+    return pd.DataFrame(lines).T
+
+
+def majority(train, rows):
+    """Return float (N, 3) for N rows: the shares of the classes in training, which never look."""
+    shares = train.label.value_counts(normalize=True).reindex(data.LABELS, fill_value=0)
+    return np.tile(shares.to_numpy(), (len(rows), 1))
+
+
+def temperature(probabilities, labels):
+    """Find the temperature that calibrates probabilities: C. Guo et al., ICML 2017.
+
+    Args:
+        probabilities: float (N, 3) of validation images, columns in the order of
+            `helpers.data.LABELS`.
+        labels: (N,) of "normal", "benign" or "malignant".
+
+    Returns:
+        float: above 1 where the model is too sure of itself. `soften` applies it.
+    """
+    from scipy.optimize import minimize_scalar
+    from sklearn.metrics import log_loss
+
+    def loss(log_temperature):
+        softened = soften(probabilities, np.exp(log_temperature))
+        return log_loss(truth, softened, labels=range(len(data.LABELS)))
+
+    truth = [data.LABELS.index(label) for label in labels]
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def soften(probabilities, temperature):
+    """Divide the logits of probabilities (N, 3) by a temperature; the order of classes stays."""
+    logits = np.log(np.clip(probabilities, 1e-12, 1)) / temperature
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def _calibration_error(probabilities, correct, bins=10):

@@ -7,10 +7,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from helpers import data
-from helpers.results import FROM_THE_TRUTH, PROMPTS
+from helpers.results import FROM_THE_TRUTH, INPUTS, PROMPTS
 
 LABEL_COLOURS = {"normal": "#0072B2", "benign": "#009E73", "malignant": "#D55E00"}
 TRUTH, PREDICTION, BOX, BEFORE = "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
+DICE_CURVES = {"dice_loss": "Dice loss (of probabilities)", "dice": "Dice score (of masks)"}
 METRIC_TITLES = {
     "dice": "Dice",
     "iou": "IoU",
@@ -227,26 +228,30 @@ def before_and_after(rows, masks, scores, boxes, title, columns=3):
     return _finish(figure, rows, title)
 
 
-def training_curves(history):
-    """Dice loss and Dice score per epoch, on training and validation images.
+def training_curves(history, columns=DICE_CURVES, title="Training"):
+    """One panel per figure of a training, on training and validation images, over the epochs.
 
     Args:
-        history: DataFrame from `helpers.sam.Segmenter.fit`.
+        history: DataFrame from a `fit`.
+        columns: dict from a column of `history`, without its "train_" or "val_", to the axis' label.
+        title: of the figure.
     """
-    figure, cells = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, cells = plt.subplots(
+        1, len(columns), figsize=(4.5 * len(columns), 3.4), layout="constrained"
+    )
+    cells = np.atleast_1d(cells)
     best = history[history.best].iloc[0]
-    for cell, column, label in zip(
-        cells, ("dice_loss", "dice"), ("Dice loss (of probabilities)", "Dice score (of masks)")
-    ):
+    for cell, (column, label) in zip(cells, columns.items()):
         for subset, colour in (("train", BOX), ("val", PREDICTION)):
             values = history[f"{subset}_{column}"]
             name = {"train": "training", "val": "validation"}[subset]
             cell.plot(history.epoch, values, marker=".", color=colour, label=name)
         cell.axvline(best.epoch, color="grey", linestyle=":", label="kept")
-        cell.set(xlabel="epoch (0: released weights)", ylabel=label)
+        start = " (0: released weights)" if history.epoch.iloc[0] == 0 else ""
+        cell.set(xlabel=f"epoch{start}", ylabel=label)
         cell.xaxis.get_major_locator().set_params(integer=True)
-    cells[1].legend(frameon=False)
-    return _finish(figure, history, "Fine-tuning")
+    cells[-1].legend(frameon=False)
+    return _finish(figure, history, title)
 
 
 def paired_differences(after, before, metric="dice"):
@@ -318,17 +323,19 @@ def jitter_curve(curve):
 
 
 def comparison(results):
-    """Mean Dice of each result row with its interval, one panel per prompt: they are never ranked together.
+    """Score of each result row with its interval, Dice of outlines, accuracy of classes.
+
+    One panel per prompt or input, for those are never ranked together.
 
     Args:
-        results: DataFrame from `helpers.results.load_all`, rows of one data set and fold.
+        results: DataFrame from `helpers.results.select`.
     """
     panels = [
-        results[results.prompt == prompt].sort_values("all_dice")
-        for prompt in PROMPTS
+        (prompt, results[results.prompt == prompt].sort_values("score"))
+        for prompt in (*PROMPTS, *INPUTS)
         if (results.prompt == prompt).any()
     ]
-    heights = [len(panel) for panel in panels]
+    heights = [len(panel) for _, panel in panels]
     figure, cells = plt.subplots(
         len(panels),
         1,
@@ -338,16 +345,15 @@ def comparison(results):
         squeeze=False,
         layout="constrained",
     )
-    for axes, panel in zip(cells.flat, panels):
-        prompt = panel.prompt.iloc[0]
+    for axes, (prompt, panel) in zip(cells.flat, panels):
         colour = TRUTH if prompt in FROM_THE_TRUTH else LABEL_COLOURS["normal"]
         positions = range(len(panel))
-        axes.hlines(positions, panel.all_dice_low, panel.all_dice_high, color=colour, linewidth=3)
-        axes.plot(panel.all_dice, positions, "o", color=colour, markersize=7)
-        for position, dice in zip(positions, panel.all_dice):
+        axes.hlines(positions, panel.low, panel.high, color=colour, linewidth=3)
+        axes.plot(panel.score, positions, "o", color=colour, markersize=7)
+        for position, score in zip(positions, panel.score):
             axes.annotate(
-                f"{dice:.3f}",
-                (dice, position),
+                f"{score:.3f}",
+                (score, position),
                 xytext=(0, 7),
                 textcoords="offset points",
                 ha="center",
@@ -356,15 +362,247 @@ def comparison(results):
         axes.set_yticks(positions, panel.model)
         axes.set_ylim(-0.6, len(panel) - 0.2)
         origin = " (comes from the truth)" if prompt in FROM_THE_TRUTH else ""
-        axes.set_title(f"prompt: {prompt}{origin}", fontsize=10, loc="left")
+        what = "outlines, prompt" if prompt in PROMPTS else "classes, given"
+        axes.set_title(f"{what}: {prompt}{origin}", fontsize=10, loc="left")
         axes.grid(axis="x", alpha=0.3)
-    cells.flat[-1].set_xlabel("mean Dice of the test fold's lesion images, 95 % interval")
-    return _finish(figure, results, "Lesion outlines on the test fold")
+    label = "mean Dice on lesion images (outlines), accuracy (classes); 95 % intervals"
+    cells.flat[-1].set_xlabel(label)
+    return _finish(figure, results, "Every model on the test fold")
+
+
+def circles(truth, predicted, scores):
+    """Two circles as outlines, with their scores beside them.
+
+    Args:
+        truth: bool (H, W).
+        predicted: bool (H, W).
+        scores: dict from `helpers.metrics.segmentation`.
+    """
+    figure, (axes, text) = plt.subplots(1, 2, figsize=(7.5, 3.6), layout="constrained")
+    axes.imshow(np.zeros((*truth.shape, 3)) + 0.93)
+    _contour(axes, truth, TRUTH)
+    _contour(axes, predicted, PREDICTION)
+    axes.set(xlabel="pixels")
+    handles = [plt.Line2D([], [], color=TRUTH, label="truth")]
+    handles += [plt.Line2D([], [], color=PREDICTION, label="prediction")]
+    axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)
+    text.set_axis_off()
+    for line, (name, value) in enumerate(scores.items()):
+        height = 0.92 - line / 8
+        text.text(0.05, height, METRIC_TITLES[name], fontsize=11)
+        text.text(
+            0.95,
+            height,
+            f"{value:.1f}" if name == "hd95" else f"{value:.3f}",
+            ha="right",
+            fontsize=11,
+        )
+    return _finish(figure, None, "Two circles")
+
+
+def move_circle(enabled=True):
+    """Show two circles with sliders that move and scale the predicted one.
+
+    Args:
+        enabled: False where nobody is there to move it; then there is no widget.
+    """
+    if not enabled:
+        return None
+    from ipywidgets import interactive
+
+    from helpers import metrics
+
+    def draw(shift=12, radius=30):
+        truth, predicted = metrics.circle(), metrics.circle(shift, radius)
+        return circles(truth, predicted, metrics.segmentation(predicted, truth))
+
+    return interactive(draw, shift=(-80, 80), radius=(5, 60))
+
+
+def circle_curves(curve):
+    """How each score falls as a circle moves away from its truth.
+
+    Args:
+        curve: DataFrame from `helpers.metrics.circle_curve`.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name in ("pixel_accuracy", "dice", "iou", "nsd"):
+        left.plot(curve["shift"], curve[name], label=METRIC_TITLES[name])
+    left.legend(frameon=False, fontsize=9)
+    left.set(xlabel="shift (pixels)", ylabel="score", ylim=(-0.02, 1.02))
+    right.plot(curve["shift"], curve.hd95, color="black")
+    right.set(xlabel="shift (pixels)", ylabel=METRIC_TITLES["hd95"])
+    return _finish(figure, None, "A circle moves away from its truth")
+
+
+def loss_and_score(table):
+    """Dice loss and one minus the Dice score against the probability that a perfect outline is given.
+
+    Args:
+        table: DataFrame from `helpers.metrics.dice_loss_of_confidence`.
+    """
+    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    axes.plot(table.probability, table.dice_loss, marker=".", color=BOX, label="Dice loss")
+    axes.plot(table.probability, 1 - table.dice, color=PREDICTION, label="1 - Dice of the mask")
+    axes.legend(frameon=False)
+    axes.set(xlabel="probability inside the true outline")
+    return _finish(figure, None, "The same mask, other losses")
+
+
+def pictures(images, captions, title, rows, columns=6):
+    """A grid of images as they are.
+
+    Args:
+        images: arrays (H, W) or (H, W, 3).
+        captions: one text each.
+        title: of the figure.
+        rows: the rows of an index that the images come from.
+        columns: images side by side.
+    """
+    figure, cells = _grid(len(images), columns)
+    for cell, image, caption in zip(cells, images, captions):
+        cell.imshow(image, cmap="grey")
+        cell.set_title(caption, fontsize=9)
+    return _finish(figure, rows, title)
+
+
+def batch(images, masks, title, rows):
+    """Images of a training batch with the outlines of their masks: float (N, S, S, 1) both."""
+    figure, cells = _grid(len(images), 4)
+    for cell, image, mask in zip(cells, np.asarray(images), np.asarray(masks)):
+        cell.imshow(image[..., 0], cmap="grey", vmin=0, vmax=1)
+        _contour(cell, mask[..., 0] > 0.5, TRUTH)
+    return _finish(figure, rows, title)
+
+
+def feature_maps(maps, row):
+    """One feature of each level of a network: the one that varies most over the image.
+
+    Args:
+        maps: dict from a level's name to float (side, side, features).
+        row: the row of an index that the maps come from.
+    """
+    figure, cells = _grid(len(maps), 5)
+    for cell, (name, found) in zip(cells, maps.items()):
+        strongest = found.std(axis=(0, 1)).argmax()
+        cell.imshow(found[..., strongest], cmap="magma")
+        side, _, features = found.shape
+        cell.set_title(f"{name}\n{side} x {side}, {features} features", fontsize=9)
+    return _finish(figure, row, f"{row.image_id}: one feature of each level")
+
+
+def solidity(measured):
+    """Histograms of the solidity of outlines, by class.
+
+    Args:
+        measured: DataFrame from `helpers.outline.solidities`.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    bins = np.linspace(min(0.6, measured.solidity.min()), 1, 31)
+    for label in ("benign", "malignant"):
+        values = measured.solidity[measured.label == label]
+        axes.hist(values, bins, alpha=0.6, color=LABEL_COLOURS[label], label=label)
+    axes.set(xlabel="solidity: area over that of the convex hull", ylabel="training images")
+    axes.legend(frameon=False)
+    return _finish(figure, measured, "One number of the ground-truth outline")
+
+
+def confusion(probabilities_by_name, rows):
+    """Confusion matrices: images by true and by most probable class, one panel per name.
+
+    Args:
+        probabilities_by_name: dict from a panel's title to float (N, 3).
+        rows: the N rows of an index.
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    panels = len(probabilities_by_name)
+    figure, cells = plt.subplots(1, panels, figsize=(4 * panels, 3.8), layout="constrained")
+    for cell, (name, probabilities) in zip(np.atleast_1d(cells), probabilities_by_name.items()):
+        predicted = np.array(data.LABELS)[np.asarray(probabilities).argmax(axis=1)]
+        ConfusionMatrixDisplay.from_predictions(
+            rows.label, predicted, labels=data.LABELS, cmap="Blues", colorbar=False, ax=cell
+        )
+        cell.set_title(name, fontsize=10)
+        cell.set(xlabel="said", ylabel="true")
+        cell.tick_params(axis="y", rotation=90)
+        plt.setp(cell.get_yticklabels(), va="center")
+    return _finish(figure, rows, "Held-out images by class")
+
+
+def roc_curves(probabilities_by_name, rows):
+    """ROC of each class against the rest, one panel per name; a class without images has none."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    panels = len(probabilities_by_name)
+    figure, cells = plt.subplots(
+        1, panels, figsize=(4 * panels, 3.9), sharey=True, layout="constrained"
+    )
+    cells = np.atleast_1d(cells)
+    for cell, (name, probabilities) in zip(cells, probabilities_by_name.items()):
+        for k, label in enumerate(data.LABELS):
+            truth, found = rows.label == label, np.asarray(probabilities)[:, k]
+            if truth.any() and not truth.all():
+                false, true, _ = roc_curve(truth, found)
+                area = roc_auc_score(truth, found)
+                cell.plot(false, true, color=LABEL_COLOURS[label], label=f"{label}, AUC {area:.2f}")
+        cell.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
+        cell.set_title(name, fontsize=10)
+        cell.set(xlabel="false-positive rate", aspect="equal")
+        cell.legend(frameon=False, loc="lower right", fontsize=9)
+    cells[0].set_ylabel("true-positive rate")
+    return _finish(figure, rows, "ROC of each class against the rest")
+
+
+def calibration(probabilities_by_name, rows, bins=5):
+    """How often the most probable class is right, against its probability, in bins of equal count.
+
+    Args:
+        probabilities_by_name: dict from a curve's name to float (N, 3).
+        rows: the N rows of an index.
+        bins: number of bins.
+    """
+    from sklearn.calibration import calibration_curve
+
+    figure, axes = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
+    for name, probabilities in probabilities_by_name.items():
+        probabilities = np.asarray(probabilities)
+        right = np.array(data.LABELS)[probabilities.argmax(axis=1)] == rows.label
+        shares, means = calibration_curve(
+            right, np.clip(probabilities.max(axis=1), 0, 1), n_bins=bins, strategy="quantile"
+        )
+        axes.plot(means, shares, marker="o", label=name)
+    axes.plot(
+        [1 / 3, 1], [1 / 3, 1], color="grey", linestyle=":", linewidth=0.8, label="calibrated"
+    )
+    axes.set(xlabel="mean probability of the class that is said", ylabel="share that is right")
+    axes.legend(frameon=False, fontsize=9)
+    return _finish(figure, rows, "Calibration on held-out images")
+
+
+def heat(images, maps, captions, title, rows, columns=3):
+    """Images under a heat map, such as Grad-CAM's.
+
+    Args:
+        images: uint8 (H, W, 3) each.
+        maps: float (H, W) in 0..1 each.
+        captions: one text each.
+        title: of the figure.
+        rows: the rows of an index that the images come from.
+        columns: images side by side.
+    """
+    figure, cells = _grid(len(images), columns)
+    for cell, image, found, caption in zip(cells, images, maps, captions):
+        cell.imshow(image)
+        cell.imshow(found, cmap="magma", alpha=0.45, vmin=0, vmax=1)
+        cell.set_title(caption, fontsize=9)
+    return _finish(figure, rows, title)
 
 
 def _finish(figure, rows, title):
-    """Title a figure; whatever shows phantoms says so."""
-    source = rows.source if isinstance(rows.source, str) else rows.source.iloc[0]
+    """Title a figure; whatever shows phantoms says so. `rows` is None where nothing was imaged."""
+    source = "" if rows is None else rows.source
+    source = source if isinstance(source, str) else source.iloc[0]
     figure.suptitle(f"{title} (synthetic phantom)" if source == "synthetic" else title, fontsize=12)
     plt.close(figure)  # the notebook shows what the cell returns; an open figure would show twice
     return figure

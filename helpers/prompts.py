@@ -34,6 +34,25 @@ def truth_boxes(rows):
     return {row.image_id: mask_to_box(data.read_truth(row)) for row in rows.itertuples()}
 
 
+def typical_boxes(train, rows):
+    """Return for each row the mean box of the training lesions, where a guess without looking goes.
+
+    Args:
+        train: rows of an index; those without a lesion are left out.
+        rows: rows of an index.
+
+    Returns:
+        dict from image_id to float32 (4,): the same shares of each image's width and height.
+    """
+    lesions = data.lesions(train)
+    sides = np.array([data.image_shape(row)[::-1] * 2 for row in lesions.itertuples()])
+    shares = np.mean(np.stack(list(truth_boxes(lesions).values())) / sides, axis=0)
+    return {
+        row.image_id: (shares * (data.image_shape(row)[::-1] * 2)).astype(np.float32)
+        for row in rows.itertuples()
+    }
+
+
 def jitter_boxes(rows, boxes, pixels, seed=0, inward=False):
     """Jitter the boxes of many images: `jitter_box` for each row."""
     return {
@@ -81,6 +100,11 @@ def fill_ellipses(rows, boxes):
         row.image_id: fill_ellipse(boxes[row.image_id], data.image_shape(row))
         for row in rows.itertuples()
     }
+
+
+def empty_masks(rows):
+    """Return a dict from image_id to an empty bool (H, W): what finding nothing is worth."""
+    return {row.image_id: np.zeros(data.image_shape(row), dtype=bool) for row in rows.itertuples()}
 
 
 def fill_ellipse(box, shape):

@@ -1,4 +1,4 @@
-"""One JSON file per model and run, and what is made of them: the frame, the table, the figure."""
+"""One JSON file per model and run: written, read, and those selected that may stand side by side."""
 
 import datetime
 import importlib.metadata
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import sysconfig
 import time
 from pathlib import Path
 
@@ -13,11 +14,28 @@ import pandas as pd
 
 from helpers import data, metrics
 
-FORMAT = 1
-PACKAGES = ("torch", "transformers", "monai", "numpy", "scikit-learn", "opencv-python")
+FORMAT = 2
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "monai",
+    "tensorflow",
+    "keras",
+    "numpy",
+    "scikit-learn",
+    "opencv-python",
+)
 ELLIPSE = "ellipse in the box"  # the baseline that never looks at the image
 PROMPTS = ("none", "predicted box", "jittered box", "ground-truth box")
-FROM_THE_TRUTH = PROMPTS[2:]  # a jittered box is the ground-truth box, moved
+INPUTS = (
+    "image alone",
+    "image with predicted mask",
+    "image with ground-truth mask",
+    "ground-truth outline alone",
+)
+# A jittered box is the ground-truth box, moved. Such rows are never ranked beside the others.
+FROM_THE_TRUTH = (*PROMPTS[2:], *INPUTS[2:])
 
 
 def folder(path=""):
@@ -88,8 +106,9 @@ def save(
         model: the model's name, such as "LiteMedSAM, released weights".
         prompt: one of `PROMPTS`.
         seconds: what embedding and predicting took, without the scoring.
-        baseline: DataFrame from `helpers.metrics.score` of the same rows: the ellipse in the same
-            boxes, over which the gain in Dice is recorded.
+        baseline: DataFrame from `helpers.metrics.score` of the same rows: an ellipse that never
+            looks at the image (in the same boxes, or at the usual place where there is no box), over
+            which the gain in Dice on the lesion images is recorded.
         seed: of the run.
         fold: the test fold, or "all" where no fold was held out.
         device: torch device that it ran on.
@@ -98,166 +117,213 @@ def save(
         path: folder, as for `folder`.
 
     Returns:
-        Path of the file. Its name comes from the data, model, prompt, settings, fold, seed and
+        Path of the file. Its name comes from the data, split, model, prompt, settings, fold, seed and
         number of images, so that a synthetic or shortened run never overwrites another.
 
     Raises:
         ValueError: an unknown prompt, or scores of other images than `rows`.
         OSError: the file can't be written; what stood there before is untouched.
     """
-    if prompt not in PROMPTS:
-        raise ValueError(f"prompt {prompt!r} is none of {PROMPTS}")
     for table in (scores, scores if baseline is None else baseline):
         if list(table.image_id) != list(rows.image_id):
             raise ValueError("scores and rows are of different images; score these very rows")
-    source = scores.source.iloc[0]
     result = {
-        "format": FORMAT,
         "task": "segmentation",
         "model": model,
-        "prompt": prompt,
+        "prompt": _known(prompt, PROMPTS),
+        "summary": _nested(metrics.summary(scores, seed=seed)),
+        "gain_over_ellipse": {} if baseline is None else _gain(scores, baseline, seed),
+        "per_image": scores.drop(columns="source").round(5).to_dict(orient="list"),
+    }
+    run = {"seed": seed, "fold": fold, "device": device, "seconds": seconds, "path": path}
+    return _write(result, rows, settings or {}, details or {}, **run)
+
+
+def save_classes(
+    probabilities,
+    rows,
+    *,
+    model,
+    prompt,
+    seconds,
+    seed=0,
+    fold=0,
+    device="cpu",
+    settings=None,
+    details=None,
+    path="",
+):
+    """Write one run's classification result, as `save` does for outlines.
+
+    Args:
+        probabilities: float (N, 3), columns in the order of `helpers.data.LABELS`.
+        rows: the N rows of the index.
+        prompt: what the model is given: one of `INPUTS`.
+        model, seconds, seed, fold, device, settings, details, path: as for `save`.
+
+    Returns:
+        Path of the file, named as by `save`.
+    """
+    summary = metrics.class_summary(probabilities, rows, seed).assign(set="all", images=len(rows))
+    named = pd.DataFrame(probabilities, columns=data.LABELS).astype(float).round(5)
+    result = {
+        "task": "classification",
+        "model": model,
+        "prompt": _known(prompt, INPUTS),
+        "summary": _nested(summary),
+        "per_image": rows[["image_id", "label", "group"]].to_dict(orient="list")
+        | {"probability": named.to_dict(orient="list")},
+    }
+    run = {"seed": seed, "fold": fold, "device": device, "seconds": seconds, "path": path}
+    return _write(result, rows, settings or {}, details or {}, **run)
+
+
+def _known(prompt, allowed):
+    if prompt not in allowed:
+        raise ValueError(f"prompt {prompt!r} is none of {allowed}")
+    return prompt
+
+
+def _write(result, rows, settings, details, *, seed, fold, device, seconds, path):
+    source, split = rows.source.iloc[0], rows.split.iloc[0] if "split" in rows else "none"
+    header = {
+        "format": FORMAT,
         "data": {
             "source": source,
+            "split": split,
             "fold": fold,
             "images": len(rows),
             "groups": int(rows.group.nunique()),
             "signature": data.signature(rows),
         },
-        "summary": _summary_dict(scores, seed),
-        "gain_over_ellipse": {} if baseline is None else _gain(scores, baseline, seed),
         "seed": seed,
         "device": device_name(device),
         "seconds": round(seconds, 1),
         "versions": versions(),
-        "settings": settings or {},
-        "details": details or {},
+        "settings": settings,
+        "details": details,
         "date": datetime.date.today().isoformat(),
-        "per_image": scores.drop(columns="source").round(5).to_dict(orient="list"),
     }
-    extra = " ".join(f"{name} {value}" for name, value in (settings or {}).items())
-    name = f"{source} {model} {prompt} {extra} fold {fold} seed {seed} n{len(rows)}"
+    words = [source, result["model"], result["prompt"]]
+    words += [f"{name} {value}" for name, value in settings.items()]
+    words += [f"{split} split"] if split == "random" else []
+    name = " ".join([*words, f"fold {fold} seed {seed} n{len(rows)}"])
     target = folder(path) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
-    data.write_whole(target, (json.dumps(result, indent=1) + "\n").encode())
+    per_image = {"per_image": result.pop("per_image")}  # last, for it is long
+    text = json.dumps(result | header | per_image, indent=1, allow_nan=False)
+    data.write_whole(target, f"{text}\n".encode())
     return target
 
 
+def trained(history, recipe):
+    """Sum a training up for `details`: the recipe, the epoch that was kept and its losses, the time.
+
+    Args:
+        history: DataFrame from a `fit`.
+        recipe: dict of the choices that were made.
+    """
+    best = history[history.best].iloc[0]
+    losses = {
+        name: round(float(best[name]), 5) for name in history if name.startswith(("train_", "val_"))
+    }
+    return recipe | {
+        "best_epoch": int(best.epoch),
+        "kept": {name: value for name, value in losses.items() if value == value},
+        "seconds": round(float(history.seconds.sum()), 1),
+    }
+
+
 def _gain(scores, baseline, seed):
-    gain = scores.dice.to_numpy() - baseline.dice.to_numpy()
-    low, high = metrics.bootstrap_interval(gain, scores.group, seed=seed)
+    lesion = (scores.label != "normal").to_numpy()
+    gain = (scores.dice.to_numpy() - baseline.dice.to_numpy())[lesion]
+    low, high = metrics.bootstrap_interval(gain, scores.group[lesion], seed=seed)
     return {"mean": round(gain.mean(), 5), "low": round(low, 5), "high": round(high, 5)}
 
 
-def _summary_dict(scores, seed):
+def _nested(summary):
+    """Turn summary rows into a dict by set and metric; what is undefined (NaN) becomes None."""
     nested = {}
-    for row in metrics.summary(scores, seed=seed).round(5).itertuples():
-        values = {name: getattr(row, name) for name in ("mean", "median", "low", "high")}
-        nested.setdefault(row.set, {"images": row.images})[row.metric] = values
+    for row in summary.round(5).to_dict("records"):
+        values = {name: row[name] for name in ("mean", "median", "low", "high") if name in row}
+        values = {name: None if pd.isna(value) else value for name, value in values.items()}
+        nested.setdefault(row["set"], {"images": row["images"]})[row["metric"]] = values
     return nested
 
 
-def load_all(path=""):
+def load_all(path="", committed=False):
     """Read every result file of a folder.
 
+    Args:
+        path: folder, as for `folder`.
+        committed: also read the project's own result files, where `path` lacks one of that name.
+
     Returns:
-        DataFrame, one row per file: `model`, `task`, `prompt`, `source`, `fold`, `images`, `groups`,
-        `signature`, `seed`, `device`, `seconds`, `date`, `file`, and for each set of images and
-        metric `<set>_<metric>` with `_low` and `_high` beside it, such as `all_dice_low`; `gain`
-        with `gain_low` and `gain_high` over the ellipse, NaN where there is none.
+        DataFrame, one row per file: `model`, `task`, `prompt`, `source`, `split`, `fold`, `images`,
+        `groups`, `signature`, `seed`, `device`, `seconds`, `date`, `file`, and for each set of images
+        and metric `<set>_<metric>` with `_low` and `_high` beside it, such as `lesions_dice_low` or
+        `all_accuracy`; `score` with `low`, `high` and `score_name`, which is the Dice of lesion
+        outlines or the accuracy of classes; `gain` with `gain_low` and `gain_high` over the ellipse;
+        `kept_<loss>` from the training. NaN where a row has no such figure.
 
     Raises:
         ValueError: a file is cut off or of another format.
     """
-    return pd.DataFrame([_flat(file) for file in sorted(folder(path).glob("*.json"))])
+    files = {file.name: file for file in _committed().glob("*.json")} if committed else {}
+    files |= {file.name: file for file in folder(path).glob("*.json")}
+    rows = pd.DataFrame([_flat(files[name]) for name in sorted(files)])
+    return _with_score(rows) if len(rows) else rows
 
 
-def table(results):
-    """Lay result rows out for reading, automatic rows first, ground-truth boxes last.
-
-    Args:
-        results: DataFrame from `load_all`, rows of one data set and fold.
-
-    Returns:
-        DataFrame of text: prompt, model, images, mean Dice with its interval (all, benign,
-        malignant), HD95, NSD, and the gain in Dice over the ellipse that fills the same box.
-    """
-    order = results.prompt.map(PROMPTS.index)
-    rows = results.assign(order=order).sort_values(["order", "all_dice"], ascending=[True, False])
-    columns = {"Prompt": rows.prompt, "Model": rows.model, "Images": rows.images.astype(str)}
-    for part, title in (("all", "Dice"), ("benign", "benign"), ("malignant", "malignant")):
-        columns[title] = _with_interval(rows, f"{part}_dice", ".3")
-    columns["HD95, px"] = _with_interval(rows, "all_hd95", ".1")
-    columns["NSD, 2 px"] = _with_interval(rows, "all_nsd", ".3")
-    columns["Gain over the ellipse"] = _with_interval(rows, "gain", "+.3")
-    return pd.DataFrame(columns).reset_index(drop=True)
+def _committed():
+    """Return the folder of the project's own result files: in the checkout, else where pip put them."""
+    installed = (
+        Path(sysconfig.get_path("data")) / "share" / "breast-ultrasound-notebooks" / "results"
+    )
+    own = folder()
+    return own if (own.parent / "pyproject.toml").is_file() else installed
 
 
-def _with_interval(rows, column, digits):
-    return [
-        "" if pd.isna(mean) else f"{mean:{digits}f} [{low:{digits}f}, {high:{digits}f}]"
-        for mean, low, high in zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"])
-    ]
-
-
-def markdown(frame):
-    """Write a DataFrame of text as a Markdown table."""
-    lines = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def select(results, fold=0, seed=0):
-    """Return the rows of one fold of BUSI that stand in one table: real images, the whole fold.
+def select(results, fold=0, seed=0, source="BUSI", split="grouped"):
+    """Return the rows that may stand in one table: one data set, split and fold, the whole fold.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or some scored other images than the rest of their task.
     """
     if len(results):
-        results = results[results.source.eq("BUSI") & results.fold.eq(fold) & results.seed.eq(seed)]
-        results = results[results.images == results.images.max()]
+        wanted = {"source": source, "fold": fold, "seed": seed, "split": split}
+        results = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     if not len(results):
         raise ValueError(
-            f"no result file of BUSI, fold {fold}, seed {seed}; run NB_RESULTS=results make run"
+            f"no result file of {source}, {split} split, fold {fold}, seed {seed}; run notebooks 02 to "
+            "05 first, or all of them with `make run`"
         )
-    return results
+    # Who gets a box is scored on lesion images; the rest also on normal ones, for false alarms.
+    kind = results.task + " " + results.prompt.isin(PROMPTS[2:]).astype(str)
+    results = results[results.images == results.groupby(kind).images.transform("max")]
+    for _, rows in results.groupby(kind):
+        usual = rows.signature.mode().iloc[0]
+        others = rows[rows.signature != usual]
+        if len(others):
+            raise ValueError(
+                f"{', '.join(others.file)} scored other images (data signature "
+                f"{others.signature.iloc[0]}) than {', '.join(rows.file[rows.signature == usual])} "
+                f"({usual}): another copy of the data, or another split. Delete the outdated ones and "
+                "run their notebooks again"
+            )
+    return results.reset_index(drop=True)
 
 
-def tricks_table(path=""):
-    """Lay results/tricks.csv out for reading: what each fine-tuning trick gave on validation.
-
-    Args:
-        path: folder of result files, as for `folder`.
-
-    Returns:
-        DataFrame of text: trick, the epoch that was kept, and mean Dice with tight boxes (all, benign,
-        malignant) and with jittered ones.
-    """
-    tricks = pd.read_csv(folder(path) / "tricks.csv")
-    columns = {"Trick": tricks.trick}
-    columns["Kept epoch"] = [
-        "" if pd.isna(epoch) else f"{epoch:.0f}" for epoch in tricks.kept_epoch
-    ]
-    for column, title in (
-        ("tight_dice", "Dice, tight box"),
-        ("tight_benign", "benign"),
-        ("tight_malignant", "malignant"),
-        ("jittered_dice", "Dice, jittered box"),
-    ):
-        columns[title] = tricks[column].map("{:.4f}".format)
-    return pd.DataFrame(columns)
-
-
-def write_readme():
-    """Make README's tables and figure from the files in results/."""
-    from helpers import plots
-
-    results = select(load_all())
-    readme = folder().parent / "README.md"
-    text = readme.read_text()
-    for name, frame in (("results", table(results)), ("tricks", tricks_table())):
-        before, start, rest = text.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        text = f"{before}{start}\n{markdown(frame)}\n{end}{after}"
-    data.write_whole(readme, text.encode())
-    plots.comparison(results).savefig(folder() / "comparison.png", dpi=150)
+def _with_score(results):
+    """Add `score`, `low`, `high` and `score_name`: the Dice of outlines, the accuracy of classes."""
+    outlines = results.task == "segmentation"
+    named = results.assign(score_name=outlines.map({True: "Dice", False: "accuracy"}))
+    for ours, end in (("score", ""), ("low", "_low"), ("high", "_high")):
+        dice, accuracy = (
+            results.get(f"{name}{end}", pd.Series(float("nan"), index=results.index))
+            for name in ("lesions_dice", "all_accuracy")
+        )
+        named[ours] = dice.where(outlines, accuracy)
+    return named
 
 
 def _flat(file):
@@ -267,12 +333,14 @@ def _flat(file):
             raise ValueError(f"format {result['format']}, not {FORMAT}")
         flat = {name: result[name] for name in ("model", "task", "prompt")} | result["data"]
         flat |= {name: result[name] for name in ("seed", "device", "seconds", "date")}
-        gain = result["gain_over_ellipse"]
+        gain = result.get("gain_over_ellipse", {})
         flat |= {
             "gain": gain.get("mean"),
             "gain_low": gain.get("low"),
             "gain_high": gain.get("high"),
         }
+        kept = result["details"].get("training", {}).get("kept", {})
+        flat |= {f"kept_{name}": value for name, value in kept.items()}
         for part, values in result["summary"].items():
             for metric, value in values.items():
                 if metric != "images":
@@ -284,7 +352,3 @@ def _flat(file):
             f"{file} is no whole result file ({error!r}); delete it and run its notebook again"
         ) from error
     return flat | {"file": file.name}
-
-
-if __name__ == "__main__":
-    write_readme()

@@ -98,7 +98,7 @@ def load(checkpoint="lite-medsam", device=None, precision="float32"):
         raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if precision == "auto":
-        precision = "bfloat16" if _multiplies_bfloat16(device) else "float32"
+        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
     name, path = str(checkpoint), Path(checkpoint)
     if name == "lite-medsam":
         network = _LiteMedSAM()
@@ -123,7 +123,8 @@ def load(checkpoint="lite-medsam", device=None, precision="float32"):
     return Segmenter(network, recipe, name, device, precision=precision)
 
 
-def _multiplies_bfloat16(device):
+def multiplies_bfloat16(device):
+    """Return whether a torch device multiplies in bfloat16 natively, so that it is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

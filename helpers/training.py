@@ -199,12 +199,7 @@ class _Run:
                 f"batch_size {choices.batch_size} can't be shared by {self.world} processes; make it "
                 "a multiple of them"
             )
-        shared = set(train.group) & set(val.group)
-        if shared:
-            raise ValueError(
-                f"{len(shared)} groups lie in both train and val, such as {min(shared)!r}; take both "
-                "from helpers.data.split"
-            )
+        data.check_apart(train, val)
         self.segmenter, self.network, self.choices = segmenter, segmenter.network, choices
         self.folder = folder
         self.mixed = choices.mixed_precision

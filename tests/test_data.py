@@ -484,3 +484,26 @@ def test_the_cache_folder_can_be_named(monkeypatch, tmp_path):
     assert data.cache_folder() == tmp_path / "breast-ultrasound-notebooks"
     assert data.cache_folder("elsewhere") == Path("elsewhere")
     assert data.cache_folder("~/here") == Path.home() / "here"
+
+
+def test_a_random_split_deals_images_and_leaks(index):
+    dealt = data.split(index, grouped=False)
+    assert set(dealt.split) == {"random"}
+    assert set(data.split(index).split) == {"grouped"}
+    assert (dealt.group == dealt.image_id).all()
+    assert data.leak(dealt) == 0  # by its own, blind, reckoning
+    assert len(data.scored(dealt, "test")) == (dealt.subset == "test").sum()
+    twins = index.assign(group=[f"pair {i // 2}" for i in range(len(index))])
+    blind = data.split(twins, grouped=False)
+    assert data.leak(blind.assign(group=twins.group[blind.index])) > 0.3
+    assert data.split(index, grouped=False).equals(dealt)
+
+
+def test_sets_that_share_groups_or_lack_classes_are_refused(index):
+    split = data.split(index)
+    data.check_apart(split[split.subset == "train"], split[split.subset == "val"])
+    with pytest.raises(ValueError, match="groups lie in both train and val"):
+        data.check_apart(split, split.head(1))
+    data.check_classes(split)
+    with pytest.raises(ValueError, match=r"lack \['normal'\] and hold the foreign labels none"):
+        data.check_classes(data.lesions(split))

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,14 +118,14 @@ def scored(dice, labels, groups):
 def test_summary():
     scores = scored([0.9, 0.7, 0.5, 0.3], ["benign"] * 2 + ["malignant"] * 2, list("abcd"))
     table = metrics.summary(scores, ["dice"]).set_index("set")
-    assert list(table.index) == ["all", "benign", "malignant"]
+    assert list(table.index) == ["lesions", "benign", "malignant"]
     assert table["mean"].tolist() == pytest.approx([0.6, 0.8, 0.4])
     assert table.images.tolist() == table.groups.tolist() == [4, 2, 2]
     assert (table.low <= table["mean"]).all()
     assert (table["mean"] <= table.high).all()
     wide = metrics.summary_table(scores, ("dice", "hd95"))
     assert wide.loc["benign", "dice"].startswith("0.800 [")
-    assert wide.loc["all", "hd95"] == "10.0 [10.0, 10.0]"
+    assert wide.loc["lesions", "hd95"] == "10.0 [10.0, 10.0]"
 
 
 def test_interval_covers_as_often_as_it_says():
@@ -236,13 +238,13 @@ def paired_scores(*dice, labels=("benign", "benign", "malignant", "malignant")):
 def test_paired_by_hand():
     before, after = paired_scores(0.5, 0.5, 0.5, 0.5), paired_scores(0.6, 0.7, 0.4, 0.5)
     table = metrics.paired(after, before).set_index("set")
-    assert list(table.index) == ["all", "benign", "malignant"]
-    assert table.difference["all"] == pytest.approx(0.05)
+    assert list(table.index) == ["lesions", "benign", "malignant"]
+    assert table.difference["lesions"] == pytest.approx(0.05)
     assert table.difference["benign"] == pytest.approx(0.15)
-    assert (table.better["all"], table.worse["all"], table.images["all"]) == (2, 1, 4)
+    assert (table.better["lesions"], table.worse["lesions"], table.images["lesions"]) == (2, 1, 4)
     # The two benign images are one group: its mean has no spread.
     assert table.low["benign"] == table.high["benign"] == pytest.approx(0.15)
-    assert table.low["all"] < 0.05 < table.high["all"]
+    assert table.low["lesions"] < 0.05 < table.high["lesions"]
     assert table.p_value["malignant"] == 1  # one difference of -0.1, one of 0
 
 
@@ -272,3 +274,87 @@ def test_paired_without_any_difference():
 def test_paired_needs_the_same_images():
     with pytest.raises(ValueError, match="same rows"):
         metrics.paired(paired_scores(0.5, 0.6), paired_scores(0.5))
+
+
+@pytest.fixture
+def classes(index):
+    """Rows of a split with probabilities that are right two times out of three."""
+    rows = data.split(index).reset_index(drop=True)
+    truth = np.array([data.LABELS.index(label) for label in rows.label])
+    said = np.where(np.arange(len(rows)) % 3 == 0, (truth + 1) % 3, truth)
+    return np.eye(3)[said] * 0.7 + 0.1, rows
+
+
+def test_class_summary_gives_each_metric_with_its_interval(classes):
+    probabilities, rows = classes
+    table = metrics.class_summary(probabilities, rows, resamples=200).set_index("metric")
+    expected = metrics.classification(probabilities, rows.label)
+    assert table["mean"].to_dict() == pytest.approx(expected)
+    assert (table.low <= table["mean"]).all()
+    assert (table.high >= table["mean"]).all()
+    assert table.low.accuracy < table["mean"].accuracy < table.high.accuracy
+    again = metrics.class_summary(probabilities, rows, resamples=200).set_index("metric")
+    assert again.equals(table)
+
+
+def test_class_summary_draws_groups_and_not_images(classes):
+    probabilities, rows = classes
+    right = np.array(data.LABELS)[probabilities.argmax(axis=1)] == rows.label
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = metrics.class_summary(probabilities, rows.assign(group=right), resamples=100)
+    assert table.low[0] == 0  # both times the group of the wrong ones
+    assert table.high[0] == 1
+
+
+def test_class_table_says_what_is_undefined(classes):
+    probabilities, rows = classes
+    assert metrics.class_table({"m": probabilities}, rows).loc["m", "accuracy"].startswith("0.6")
+    benign = (rows.label == "benign").to_numpy()
+    with pytest.warns(UserWarning, match="macro AUC and its recall are undefined"):
+        table = metrics.class_table({"m": probabilities[benign]}, rows[benign])
+    assert table.loc["m", "macro AUC"] == "undefined"
+
+
+def test_the_majority_never_looks(classes):
+    _, rows = classes
+    found = metrics.majority(rows[rows.label != "normal"], rows)
+    shares = rows.label[rows.label != "normal"].value_counts(normalize=True)
+    assert found.shape == (len(rows), 3)
+    assert found[0].tolist() == [0, shares["benign"], shares["malignant"]]
+    assert (found == found[0]).all()
+
+
+def test_temperature_calibrates():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 600)
+    said = np.where(generator.random(600) < 0.7, labels, (labels + 1) % 3)  # right 7 times of 10
+    sure = np.eye(3)[said] * 0.97 + 0.01
+    names = np.array(data.LABELS)[labels]
+    temperature = metrics.temperature(sure, names)
+    assert temperature > 1.5
+    softened = metrics.soften(sure, temperature)
+    np.testing.assert_allclose(softened.sum(axis=1), 1)
+    assert (softened.argmax(axis=1) == said).all()
+    errors = [metrics.classification(p, names)["calibration_error"] for p in (sure, softened)]
+    assert errors[0] > 0.25
+    assert errors[1] < 0.05
+    np.testing.assert_allclose(metrics.soften(sure, 1.0), sure)
+
+
+def test_circles_fall_apart():
+    curve = metrics.circle_curve((0, 10, 30, 70))
+    assert curve.dice.tolist() == sorted(curve.dice, reverse=True)
+    assert (curve.dice.iloc[0], curve.iou.iloc[0], curve.hd95.iloc[0]) == (1, 1, 0)
+    assert (curve.dice.iloc[-1], curve.nsd.iloc[-1]) == (0, 0)
+    assert curve.pixel_accuracy.iloc[-1] > 0.7  # no pixel in common, and still
+    np.testing.assert_allclose(curve.iou, curve.dice / (2 - curve.dice), atol=1e-6)
+    assert curve.hd95.tolist() == sorted(curve.hd95)
+
+
+def test_dice_loss_is_not_one_minus_dice():
+    table = metrics.dice_loss_of_confidence()
+    assert (table.dice == 1).all()
+    assert table.dice_loss.is_monotonic_decreasing
+    assert table.dice_loss.iloc[0] > 0.4
+    assert table.dice_loss.iloc[-1] < 0.01

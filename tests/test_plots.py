@@ -3,7 +3,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import data, metrics, plots, prompts, results
+from helpers import data, metrics, outline, plots, prompts, results
+
+OF_NO_IMAGE = {"circles", "circle_curves", "move_circle", "loss_and_score"}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,8 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
     curves = ("train_dice", "val_dice", "train_dice_loss", "val_dice_loss")
     history = pd.DataFrame(epochs | dict.fromkeys(curves, [0.1, 0.2]))
     results.save(scores, rows, model="m", prompt="jittered box", seconds=0, path=tmp_path)
+    image = data.read_image(rows.image_path[0])
+    classes = np.full((len(rows), 3), 1 / 3)
     return {
         "label_counts": plots.label_counts(index),
         "image_sizes": plots.image_sizes(measured),
@@ -56,6 +60,16 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
             rows, (masks, masks), (scores, scores), boxes, "Before and after"
         ),
         "training_curves": plots.training_curves(history),
+        "pictures": plots.pictures([image, image[..., 0]], ["a", "b"], "Some", rows),
+        "batch": plots.batch(np.ones((2, 8, 8, 1)), np.eye(8)[None, ..., None], "A batch", rows),
+        "feature_maps": plots.feature_maps(
+            {"down_1": np.arange(192.0).reshape(8, 8, 3)}, rows.iloc[0]
+        ),
+        "heat": plots.heat([image], [image[..., 0] / 255], ["a"], "Heat", rows),
+        "solidity": plots.solidity(outline.solidities(rows, masks)),
+        "confusion": plots.confusion({"model": classes}, rows),
+        "roc_curves": plots.roc_curves({"model": classes}, rows),
+        "calibration": plots.calibration({"model": classes}, rows, bins=2),
         "paired_differences": plots.paired_differences(scores, scores.assign(dice=0.5)),
         "comparison": plots.comparison(results.load_all(tmp_path)),
     }
@@ -67,7 +81,7 @@ def test_every_figure_is_drawn_says_synthetic_and_is_closed(figures):
         for name, value in vars(plots).items()
         if callable(value) and value.__module__ == plots.__name__ and not name.startswith("_")
     }
-    assert public == set(figures)
+    assert public == set(figures) | OF_NO_IMAGE
     for name, figure in figures.items():
         assert "(synthetic phantom)" in figure.get_suptitle(), name
         figure.canvas.draw()
@@ -97,7 +111,10 @@ def test_comparison_orders_panels_by_prompt_and_never_mixes_them(rows, scores, t
         results.save(scores, rows, model="m", prompt=prompt, seconds=0, path=tmp_path)
     figure = plots.comparison(results.load_all(tmp_path))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == ["prompt: none", "prompt: ground-truth box (comes from the truth)"]
+    assert titles == [
+        "outlines, prompt: none",
+        "outlines, prompt: ground-truth box (comes from the truth)",
+    ]
 
 
 def test_an_empty_or_full_mask_draws_no_contour(rows, boxes):
@@ -110,3 +127,28 @@ def test_an_empty_or_full_mask_draws_no_contour(rows, boxes):
 def test_real_images_carry_no_such_title(index):
     real = index.assign(source="BUSI")
     assert plots.label_counts(real).get_suptitle() == "Images and groups per label"
+
+
+def test_figures_of_no_image():
+    truth, moved = metrics.circle(), metrics.circle(shift=9)
+    scores = metrics.segmentation(moved, truth)
+    figure = plots.circles(truth, moved, scores)
+    texts = [text.get_text() for text in figure.axes[1].texts]
+    assert texts[:2] == ["Dice", f"{scores['dice']:.3f}"]
+    assert len(texts) == 2 * len(scores)
+    assert len(plots.circle_curves(metrics.circle_curve((0, 9))).axes[0].lines) == 4
+    assert len(plots.loss_and_score(metrics.dice_loss_of_confidence()).axes[0].lines) == 2
+    assert plt.get_fignums() == []
+
+
+def test_a_circle_is_moved_by_sliders():
+    assert plots.move_circle(enabled=False) is None
+    widget = plots.move_circle()
+    assert [slider.description for slider in widget.children[:2]] == ["shift", "radius"]
+    assert widget.f(shift=40, radius=10).axes[1].texts
+
+
+def test_a_class_without_images_has_no_roc(rows):
+    figure = plots.roc_curves({"model": np.full((len(rows), 3), 1 / 3)}, rows)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [label.partition(",")[0] for label in labels] == ["benign", "malignant"]

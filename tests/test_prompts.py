@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import prompts
+from helpers import data, prompts
 
 
 def test_box_is_tight_and_inclusive():
@@ -134,3 +134,22 @@ def test_drawing_a_box():
     assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [30, 0, 39, 8]
     widget.bboxes = []
     assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [0, 0, 1, 1]
+
+
+def test_a_typical_box_is_the_mean_of_the_training_lesions(index):
+    lesions = data.lesions(index)
+    one = lesions.head(1)
+    box = prompts.truth_boxes(one)[one.image_id[0]]
+    assert prompts.typical_boxes(one, one)[one.image_id[0]] == pytest.approx(box)
+    many = prompts.typical_boxes(index, index)  # normal rows have no box, and get one
+    assert set(many) == set(index.image_id)
+    shapes = {row.image_id: data.image_shape(row) for row in index.itertuples()}
+    shares = [box / np.array(shapes[name][::-1] * 2) for name, box in many.items()]
+    np.testing.assert_allclose(shares, np.broadcast_to(shares[0], np.shape(shares)), rtol=1e-5)
+
+
+def test_empty_masks(index):
+    masks = prompts.empty_masks(index.head(2))
+    assert list(masks) == index.image_id.head(2).tolist()
+    assert not any(mask.any() for mask in masks.values())
+    assert masks[index.image_id[0]].shape == data.image_shape(index.iloc[0])

@@ -2,6 +2,7 @@ import json
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers import data, metrics, prompts, results
@@ -9,7 +10,7 @@ from helpers import data, metrics, prompts, results
 
 @pytest.fixture
 def run(index):
-    rows = index[index.objection == ""].groupby("label").head(3).query("label != 'normal'")
+    rows = data.lesions(data.split(index).groupby("label").head(3))
     scores = metrics.score(rows, prompts.fill_ellipses(rows, prompts.truth_boxes(rows)))
     return scores, rows
 
@@ -28,6 +29,7 @@ def test_a_row_says_where_it_comes_from(run, tmp_path):
     result = json.loads(file.read_text())
     assert result["data"] == {
         "source": "synthetic",
+        "split": "grouped",
         "fold": 2,
         "images": 6,
         "groups": rows.group.nunique(),
@@ -38,7 +40,9 @@ def test_a_row_says_where_it_comes_from(run, tmp_path):
     assert result["details"] == details  # told, but no part of the name
     assert result["device"].startswith("CPU")
     assert {"python", "torch", "monai"} <= set(result["versions"])
-    assert result["summary"]["all"]["dice"]["mean"] == pytest.approx(scores.dice.mean(), abs=1e-5)
+    assert result["summary"]["lesions"]["dice"]["mean"] == pytest.approx(
+        scores.dice.mean(), abs=1e-5
+    )
     assert result["per_image"]["image_id"] == rows.image_id.tolist()
 
 
@@ -47,7 +51,7 @@ def test_load_all(run, tmp_path):
     save(run, tmp_path, prompt="jittered box")
     frame = results.load_all(tmp_path)
     assert frame.prompt.tolist() == ["ground-truth box", "jittered box"]
-    assert frame.all_dice.tolist() == pytest.approx([run[0].dice.mean()] * 2, abs=1e-5)
+    assert frame.lesions_dice.tolist() == pytest.approx([run[0].dice.mean()] * 2, abs=1e-5)
     assert (frame.malignant_dice_low <= frame.malignant_dice).all()
     assert results.load_all(tmp_path / "nothing").empty
 
@@ -106,24 +110,13 @@ def test_banner_of_a_phantom(index, capsys):
     assert "seed 0" in printed
 
 
-def test_committed_results_are_of_one_test_fold():
-    frame = results.select(results.load_all())
-    assert frame.signature.nunique() == 1
-    assert {"ground-truth box", "jittered box"} <= set(frame.prompt)
-    assert set(frame[frame.model == results.ELLIPSE].prompt) == set(results.FROM_THE_TRUTH)
-
-
-def test_readme_shows_the_committed_results():
-    readme = (results.folder().parent / "README.md").read_text()
-    assert results.markdown(results.table(results.select(results.load_all()))) in readme
-    assert results.markdown(results.tricks_table()) in readme
-
-
 def test_what_a_run_leaves_beside_them_stays_out_of_the_table(run, tmp_path):
     scores, rows = run
-    real = scores.assign(source="BUSI"), rows
+    rows = rows.assign(source="BUSI")
+    real = scores, rows
     save(run, tmp_path)  # synthetic
-    few = scores.iloc[:2].assign(source="BUSI"), rows.iloc[:2]
+    save((scores, rows.assign(split="random")), tmp_path)
+    few = scores.iloc[:2], rows.iloc[:2]
     save(few, tmp_path)  # shortened
     save(real, tmp_path, fold=1)
     save(real, tmp_path, seed=1)
@@ -133,24 +126,11 @@ def test_what_a_run_leaves_beside_them_stays_out_of_the_table(run, tmp_path):
 
 def test_no_results_say_what_to_run(run, tmp_path):
     for _ in range(2):  # an empty folder, then one with synthetic results
-        with pytest.raises(ValueError, match="no result file of BUSI, fold 0.*make run"):
+        with pytest.raises(
+            ValueError, match="no result file of BUSI, grouped split, fold 0.*make run"
+        ):
             results.select(results.load_all(tmp_path))
         save(run, tmp_path)
-
-
-def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path):
-    scores, rows = run
-    save(run, tmp_path)
-    better = scores.assign(dice=scores.dice + 0.05), rows
-    save(better, tmp_path, model="a model", baseline=scores)
-    save(better, tmp_path, model="a model", prompt="none")
-    table = results.table(results.load_all(tmp_path))
-    assert table.Prompt.tolist() == ["none", "ground-truth box", "ground-truth box"]
-    assert table.Model.tolist() == ["a model", "a model", results.ELLIPSE]
-    assert table["Gain over the ellipse"].tolist() == ["", "+0.050 [+0.050, +0.050]", ""]
-    lines = results.markdown(table).splitlines()
-    assert len(lines) == 5
-    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_timed():
@@ -169,22 +149,82 @@ def test_the_interval_of_the_gain_is_by_group(run, tmp_path):
     assert (found["low"], found["high"]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch):
+def save_classes(rows, path, **changes):
+    truth = np.array([data.LABELS.index(label) for label in rows.label])
+    probabilities = np.full((len(rows), 3), 0.1)
+    probabilities[np.arange(len(rows)), truth] = 0.8
+    settings = {"model": "VGG-16", "prompt": "image alone", "seconds": 1.25}
+    return results.save_classes(probabilities, rows, path=path, **(settings | changes))
+
+
+def test_classes_are_kept_with_their_intervals(index, tmp_path):
+    rows = data.split(index)
+    file = save_classes(rows, tmp_path)
+    assert file.name == f"synthetic-vgg-16-image-alone-fold-0-seed-0-n{len(rows)}.json"
+    result = json.loads(file.read_text())
+    assert result["task"] == "classification"
+    assert result["per_image"]["probability"]["benign"][0] == pytest.approx(0.8)
+    frame = results.load_all(tmp_path)
+    assert frame.all_accuracy.tolist() == frame.score.tolist() == [1]
+    assert frame.score_name.tolist() == ["accuracy"]
+    assert frame.all_calibration_error.item() == pytest.approx(0.2)
+
+
+def test_what_is_undefined_is_null_and_said(index, tmp_path):
+    rows = data.split(index).query("label == 'benign'")
+    with pytest.warns(UserWarning, match="no image is normal or malignant: macro AUC"):
+        file = save_classes(rows, tmp_path)
+    assert json.loads(file.read_text())["summary"]["all"]["macro_auc"]["mean"] is None
+    assert np.isnan(results.load_all(tmp_path).all_macro_auc.astype(float).item())
+
+
+def test_an_unknown_input_is_refused(index, tmp_path):
+    with pytest.raises(ValueError, match="prompt 'image' is none of"):
+        save_classes(data.split(index), tmp_path, prompt="image")
+
+
+def test_results_of_other_images_are_refused_with_the_reason(run, index, tmp_path):
     scores, rows = run
-    save((scores.assign(source="BUSI"), rows), tmp_path / "results")
-    readme = tmp_path / "README.md"
-    block = "<!-- {0} -->\nold\n<!-- /{0} -->\n"
-    readme.write_text(f"before\n{block.format('results')}between\n{block.format('tricks')}after\n")
-    (tmp_path / "results/tricks.csv").write_text(
-        "trick,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
-        "nothing,,0.9,0.8,0.7,0.6\nmagic,12,0.91,0.81,0.71,0.61\n"
+    save(run, tmp_path)
+    save(run, tmp_path, model="another")
+    other = data.lesions(data.split(index).groupby("label").tail(3))
+    stale = results.save(
+        scores.assign(image_id=other.image_id.to_numpy()),
+        other,
+        model="stale",
+        prompt="ground-truth box",
+        seconds=0,
+        path=tmp_path,
     )
-    monkeypatch.setattr(results, "folder", lambda path="": tmp_path / "results")
-    results.write_readme()
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- results -->\n| Prompt")
-    assert "<!-- /results -->\nbetween\n<!-- tricks -->\n| Trick" in text
-    assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
-    assert text.endswith("<!-- /tricks -->\nafter\n")
-    assert "old" not in text
-    assert (tmp_path / "results/comparison.png").is_file()
+    message = f"{stale.name} scored other images .* another copy of the data, or another split"
+    with pytest.raises(ValueError, match=message):
+        results.select(results.load_all(tmp_path), source="synthetic")
+
+
+def test_committed_files_stand_in_for_missing_ones(run, tmp_path, monkeypatch):
+    own, committed = tmp_path / "own", tmp_path / "committed"
+    save(run, committed, model="a", seconds=1)
+    save(run, committed, model="b", seconds=2)
+    save(run, own, model="a", seconds=3)
+    monkeypatch.setattr(results, "_committed", lambda: committed)
+    frame = results.load_all(own, committed=True)
+    assert dict(zip(frame.model, frame.seconds)) == {"a": 3, "b": 2}
+    assert results.load_all(own).model.tolist() == ["a"]
+
+
+def test_training_is_summed_up():
+    history = pd.DataFrame(
+        {
+            "epoch": [0, 1, 2],
+            "train_loss": [np.nan, 0.5, 0.4],
+            "val_loss": [0.9, 0.6, 0.7],
+            "seconds": [1.0, 2.0, 3.0],
+            "best": [False, True, False],
+        }
+    )
+    assert results.trained(history, {"epochs": 2}) == {
+        "epochs": 2,
+        "best_epoch": 1,
+        "kept": {"train_loss": 0.5, "val_loss": 0.6},
+        "seconds": 6.0,
+    }

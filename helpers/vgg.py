@@ -1,0 +1,443 @@
+"""VGG-16 names a breast image: normal, benign or malignant. Build, train, predict.
+
+K. Simonyan, A. Zisserman, "Very deep convolutional networks", ICLR 2015; torchvision's network.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import pickle
+import sys
+import time
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torchvision.models import VGG16_Weights, vgg16
+from torchvision.models.vgg import VGG, make_layers
+from tqdm import tqdm
+
+from helpers import augment, data
+from helpers.sam import multiplies_bfloat16
+
+VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
+WRITE_EVERY = 60  # seconds between two states on disk, which take 1 GB each
+MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
+RATES = {"imagenet": 1e-3, "scratch": 1e-2, "tiny": 1e-2}  # of SGD, by where the weights come from
+CPU_SIZE = 128
+LEAST = 32  # pixels: five poolings leave one
+TINT = (255, 40, 40)  # RGB of the mask overlay
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a VGG-16 run hangs on besides the data.
+
+    Attributes:
+        weights: what it starts from: "imagenet" (torchvision's, downloaded) or "scratch"; "tiny" is a
+            sixteenth as wide, for tests.
+        size: pixels; every image is stretched to size x size.
+        augment: another view of each image in every epoch, as in `helpers.augment.view`.
+        balance: weigh each class by the inverse of its share in the loss.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        learning_rate: of SGD with momentum 0.9, which falls along a cosine; None: `RATES`.
+        weight_decay: of the optimiser.
+        precision: "float32", "bfloat16", or "auto": bfloat16 where it is native.
+        seed: of the weights, the order, the dropout and the views.
+    """
+
+    weights: str = "scratch"
+    size: int = 224
+    augment: bool = True
+    balance: bool = True
+    epochs: int = 50
+    batch_size: int = 16
+    learning_rate: float | None = None
+    weight_decay: float = 5e-4
+    precision: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("weights", tuple(RATES)),
+            ("precision", ("auto", "float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("size", LEAST)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", RATES[self.weights])
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
+
+
+def default_weights():
+    """Return "imagenet" where torchvision's weights can be had, else "scratch", and say which."""
+    try:
+        VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, no room, a broken download
+        print(f"VGG-16 trains from scratch: the ImageNet weights can't be had ({error})")
+        return "scratch"
+    print("VGG-16 starts from torchvision's ImageNet weights")
+    return "imagenet"
+
+
+def default_size():
+    """Return the published 224 pixels where there is a GPU, else what two cores train in minutes."""
+    return 224 if torch.cuda.is_available() else CPU_SIZE
+
+
+def build(weights="scratch", seed=0):
+    """Build torchvision's VGG-16 with three outputs, in the order of `helpers.data.LABELS`.
+
+    Args:
+        weights: "imagenet", "scratch" or "tiny", as in `Choices`.
+        seed: of the random weights.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if weights == "tiny":
+            return _tiny()
+        if weights == "scratch":
+            return vgg16(num_classes=len(data.LABELS))
+        network = vgg16(weights=VGG16_Weights.IMAGENET1K_V1)
+        network.classifier[-1] = torch.nn.Linear(4096, len(data.LABELS))
+    return network
+
+
+def _tiny():
+    widths = [4, 4, "M", 8, 8, "M", 16, 16, 16, "M", 32, 32, 32, "M", 32, 32, 32, "M"]
+    network = VGG(make_layers(widths), len(data.LABELS))
+    for position, inputs in ((0, 32 * 7 * 7), (3, 32)):
+        network.classifier[position] = torch.nn.Linear(inputs, 32)
+    network.classifier[6] = torch.nn.Linear(32, len(data.LABELS))
+    return network
+
+
+def overlay(image, mask):
+    """Tint the pixels of a mask: uint8 (H, W, 3) RGB and bool (H, W) to uint8 (H, W, 3)."""
+    tinted = image.copy()
+    tinted[mask] = image[mask] // 2 + np.array(TINT, dtype=np.uint8) // 2
+    return tinted
+
+
+def pictures(rows, size, masks=None):
+    """Read what the network sees, before its normalisation.
+
+    Args:
+        rows: rows of an index.
+        size: pixels.
+        masks: dict from image_id to bool (H, W) to lay over the images; None: the image alone.
+
+    Returns:
+        uint8 (N, size, size, 3) RGB.
+    """
+    images = []
+    for row in rows.itertuples():
+        image = data.read_image(row.image_path)
+        if masks is not None:
+            image = overlay(image, masks[row.image_id])
+        images.append(cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA))
+    return np.stack(images)
+
+
+def views(row, size, numbers, seed=0):
+    """Return what training makes of one image: list of uint8 (size, size, 3), `helpers.augment.view`s."""
+    image = pictures(row.to_frame().T, size)[0]
+    return [augment.view(image, None, number, row.image_id, seed)[0] for number in numbers]
+
+
+def fit(train, val, masks=None, folder="", **choices):
+    """Train a VGG-16; it ends with the weights of the epoch with the lowest loss on `val`.
+
+    The run is kept in a folder of its own, named by data and choices. A stopped run resumes there; a
+    finished one is read.
+
+    Args:
+        train: rows of an index.
+        val: rows of an index to choose the epoch by; never the test fold.
+        masks: as for `pictures`.
+        folder: for the runs; "" is `helpers.data.cache_folder()`.
+        choices: the fields of `Choices`.
+
+    Returns:
+        (torch.nn.Module, DataFrame). The frame has one row per epoch from 1: `epoch`, `train_loss`
+        and `train_accuracy` (of augmented images, with dropout), `val_loss`, `val_accuracy`,
+        `seconds`, `best` (True for the epoch that is kept) and `source`. The losses are cross
+        entropies; with `balance` the training loss is weighed.
+
+    Raises:
+        ValueError: an unknown choice, a class that `train` lacks or a foreign label, groups that
+            lie in both sets.
+        FloatingPointError: the loss is no finite number.
+        OSError: the folder can't be written to.
+    """
+    return _Run(train, val, masks, folder, Choices(**choices)).train()
+
+
+class _Run:
+    """One training run; `train` is all that `fit` calls."""
+
+    def __init__(self, train, val, masks, folder, choices):
+        data.check_apart(train, val)
+        data.check_classes(train)
+        self.train_rows, self.val_rows, self.choices = train, val, choices
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.mixed = choices.precision == "bfloat16" or (
+            choices.precision == "auto" and multiplies_bfloat16(self.device)
+        )
+        self.masks = masks
+        self.folder = data.cache_folder(folder) / "vgg" / self._key()
+
+    def _key(self):
+        """Hash all that the numbers hang on."""
+        digest = hashlib.sha256()
+        for mask in () if self.masks is None else self.masks.items():
+            digest.update(mask[0].encode() + np.packbits(mask[1]).tobytes())
+        parts = [
+            VERSION,
+            dataclasses.asdict(self.choices) | {"precision": self.mixed},
+            digest.hexdigest() if self.masks is not None else "",
+            self.device.type,
+            data.signature(self.train_rows),
+            data.signature(self.val_rows),
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def train(self):
+        """Train what is left to train; return network and history as `fit` does."""
+        finished, table = self.folder / "vgg.pt", self.folder / "history.csv"
+        if finished.exists():
+            print(f"this run was finished before; it is read from {finished}")
+        else:
+            self._train()
+            data.write_whole(table, pd.DataFrame(self.history).to_csv(index=False).encode())
+            self.network.load_state_dict(self.best)
+            save(self.network, finished)
+            (self.folder / "state.pt").unlink(missing_ok=True)
+        history = pd.read_csv(table)
+        history["best"] = history.epoch == history.epoch[history.val_loss.idxmin()]
+        return load(finished), history.assign(source=self.train_rows.source.iloc[0])
+
+    def _train(self):
+        choices = self.choices
+        labels = [self._targets(rows) for rows in (self.train_rows, self.val_rows)]
+        images = [
+            pictures(rows, choices.size, self.masks) for rows in (self.train_rows, self.val_rows)
+        ]
+        counts = torch.bincount(labels[0], minlength=len(data.LABELS))
+        self.weight = (counts.sum() / counts / len(counts)).float() if choices.balance else None
+        self.network = build(choices.weights, choices.seed).to(
+            self.device, memory_format=torch.channels_last
+        )
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            choices.learning_rate,
+            momentum=0.9,
+            weight_decay=choices.weight_decay,
+            nesterov=True,
+        )
+        self.history, self.best, self.written = [], None, time.monotonic()
+        self._read()
+        with tqdm(
+            total=choices.epochs,
+            initial=len(self.history),
+            desc="training",
+            unit="epoch",
+            file=sys.stdout,
+        ) as progress:
+            while len(self.history) < choices.epochs:
+                start = time.perf_counter()
+                row = {"epoch": len(self.history) + 1}
+                row |= self._epoch(row["epoch"], images[0], labels[0])
+                logits = _logits(self.network, images[1], self.mixed)
+                row["val_loss"] = float(F.cross_entropy(logits, labels[1]))
+                row["val_accuracy"] = float((logits.argmax(1) == labels[1]).float().mean())
+                row["seconds"] = round(time.perf_counter() - start, 2)
+                if row["val_loss"] < min(
+                    (past["val_loss"] for past in self.history), default=math.inf
+                ):
+                    state = self.network.state_dict()
+                    self.best = {
+                        name: value.detach().cpu().clone() for name, value in state.items()
+                    }
+                self.history.append(row)
+                self._write()
+                progress.set_postfix_str(f"val loss {row['val_loss']:.3f}")
+                progress.update()
+
+    def _targets(self, rows):
+        return torch.tensor([data.LABELS.index(label) for label in rows.label])
+
+    def _epoch(self, epoch, images, labels):
+        choices = self.choices
+        own_seed = choices.seed * 1_000_003 + epoch
+        generator = torch.Generator().manual_seed(own_seed)
+        order = torch.randperm(len(labels), generator=generator)
+        steps = max(1, len(order) // choices.batch_size)
+        weight = None if self.weight is None else self.weight.to(self.device)
+        self.network.train()
+        losses = correct = 0.0
+        with torch.random.fork_rng():
+            torch.manual_seed(own_seed)  # of the dropout
+            for step, batch in enumerate(order.tensor_split(steps)):
+                done = (epoch - 1 + step / steps) / choices.epochs
+                for group in self.optimizer.param_groups:
+                    group["lr"] = choices.learning_rate * (1 + math.cos(math.pi * done)) / 2
+                seen = np.stack([self._view(images[i], epoch, i) for i in batch.tolist()])
+                target = labels[batch].to(self.device)
+                with torch.autocast(self.device.type, torch.bfloat16, self.mixed):
+                    logits = self.network(_normalise(seen, self.device)).float()
+                loss = F.cross_entropy(logits, target, weight)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the training loss of epoch {epoch} is {loss.item()}; lower learning_rate "
+                        f"(now {choices.learning_rate})"
+                    )
+                self.optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+                self.optimizer.step()
+                losses += loss.item() * len(batch)
+                correct += float((logits.argmax(1) == target).sum())
+        return {"train_loss": losses / len(order), "train_accuracy": correct / len(order)}
+
+    def _view(self, image, epoch, position):
+        if not self.choices.augment:
+            return image
+        key = self.train_rows.image_id.iloc[position]
+        return augment.view(image, None, epoch + 1, key, self.choices.seed)[0]
+
+    def _read(self):
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{path} can't be read ({error}); delete it to start afresh"
+            ) from error
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history, self.best = state["history"], state["best"]
+
+    def _write(self):
+        if time.monotonic() - self.written < WRITE_EVERY:
+            return
+        buffer = io.BytesIO()
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state | {"history": self.history, "best": self.best}, buffer)
+        data.write_whole(self.folder / "state.pt", buffer.getbuffer())
+        self.written = time.monotonic()
+
+
+def _normalise(pictures, device):
+    """uint8 (N, S, S, 3) to the network's float (N, 3, S, S), channels last in memory."""
+    pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255
+    mean, sd = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, SD))
+    return ((pixels - mean) / sd).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def _logits(network, pictures, mixed=False, batch_size=32):
+    network.eval()
+    device = next(network.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, mixed):
+        parts = [
+            network(_normalise(pictures[i : i + batch_size], device)).float().cpu()
+            for i in range(0, len(pictures), batch_size)
+        ]
+    return torch.cat(parts)
+
+
+def predict(network, pictures):
+    """Name pictures.
+
+    Args:
+        network: from `build`, `fit` or `load`.
+        pictures: uint8 (N, size, size, 3) RGB, as from the function `pictures`.
+
+    Returns:
+        float32 (N, 3): probabilities in the order of `helpers.data.LABELS`.
+    """
+    return torch.softmax(_logits(network, pictures), 1).numpy()
+
+
+def explain(network, pictures):
+    """Show where a network finds what it says: R. Selvaraju et al., "Grad-CAM", ICCV 2017; MONAI's.
+
+    Args:
+        network: from `build`, `fit` or `load`.
+        pictures: uint8 (N, size, size, 3) RGB.
+
+    Returns:
+        (float32 (N, size, size) in 0..1, large where the last convolution speaks for the most
+        probable class; the names of these classes).
+    """
+    from monai.visualize import GradCAM
+
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = False  # writing in place would spoil the gradients
+    device = next(network.parameters()).device
+    said = _logits(network, pictures).argmax(1).tolist()
+    cam = GradCAM(network, target_layers="features.29")
+    maps = [
+        cam(_normalise(picture[None], device), class_idx=k)[0, 0].detach().cpu().numpy()
+        for picture, k in zip(pictures, said)
+    ]
+    return np.stack(maps), [data.LABELS[k] for k in said]
+
+
+def save(network, path):
+    """Write the weights to a .pt file, which appears whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    data.write_whole(path, buffer.getbuffer())
+
+
+def load(path):
+    """Read a network that `save` or `fit` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not hold the weights of this VGG-16.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} does not exist; helpers.vgg.fit and save write such files"
+        ) from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} can't be read as weights: {error}") from error
+    shapes = _shapes(state)
+    with torch.device("meta"):
+        known = [build("scratch"), build("tiny")]
+    network = next((one for one in known if _shapes(one.state_dict()) == shapes), None)
+    if network is None:
+        raise ValueError(
+            f"{path} holds no VGG-16 with {len(data.LABELS)} classes but {len(shapes)} weights such as "
+            f"{next(iter(shapes.items()), 'none')}; helpers.vgg.save writes such files"
+        )
+    network.load_state_dict(state, assign=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return network.to(device, memory_format=torch.channels_last).eval()
+
+
+def _shapes(state):
+    """Return the shape of each tensor of what was read; a file may hold anything."""
+    if not isinstance(state, dict):
+        return {}
+    return {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")}

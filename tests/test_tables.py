@@ -1,0 +1,131 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import data, metrics, prompts, results, tables
+
+
+@pytest.fixture
+def run(index):
+    rows = data.lesions(data.split(index).groupby("label").head(3))
+    scores = metrics.score(rows, prompts.fill_ellipses(rows, prompts.truth_boxes(rows)))
+    return scores, rows
+
+
+def save(run, path, **changes):
+    settings = {"model": "ellipse in the box", "prompt": "ground-truth box", "seconds": 1.25}
+    return results.save(*run, path=path, **(settings | changes))
+
+
+def test_committed_results_are_of_one_test_fold():
+    frame = results.select(results.load_all())
+    assert frame.signature.nunique() == 1
+    assert {"ground-truth box", "jittered box"} <= set(frame.prompt)
+    assert set(frame[frame.model == results.ELLIPSE].prompt) == set(results.FROM_THE_TRUTH)
+
+
+def test_readme_shows_the_committed_results():
+    readme = (results.folder().parent / "README.md").read_text()
+    for name, frame in tables.readme_tables(results.load_all()).items():
+        assert f"<!-- {name} -->\n{tables.markdown(frame)}\n<!-- /{name} -->" in readme
+
+
+def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path):
+    scores, rows = run
+    save(run, tmp_path)
+    better = scores.assign(dice=scores.dice + 0.05), rows
+    save(better, tmp_path, model="a model", baseline=scores)
+    save(better, tmp_path, model="a model", prompt="none")
+    table = tables.table(results.load_all(tmp_path))
+    assert table.Prompt.tolist() == ["none", "ground-truth box", "ground-truth box"]
+    assert table.Model.tolist() == ["a model", "a model", results.ELLIPSE]
+    assert table["Gain over the ellipse"].tolist() == ["", "+0.050 [+0.050, +0.050]", ""]
+    lines = tables.markdown(table).splitlines()
+    assert len(lines) == 5
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch):
+    scores, rows = run
+    rows = rows.assign(source="BUSI")
+    save((scores, rows), tmp_path / "results")
+    readme = tmp_path / "README.md"
+    block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
+    names = ("results", "classes", "published", "leakage", "tricks")
+    readme.write_text("before\n" + "between\n".join(map(block.format, names)) + "after\n")
+    (tmp_path / "results/tricks.csv").write_text(
+        "trick,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
+        "nothing,,0.9,0.8,0.7,0.6\nmagic,12,0.91,0.81,0.71,0.61\n"
+    )
+    for module in (results, tables):
+        monkeypatch.setattr(module, "folder", lambda path="": tmp_path / "results")
+    tables.write_readme()
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- results -->\n| Prompt")
+    assert "<!-- /results -->\nbetween\n<!-- classes -->\n| Given" in text
+    assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
+    assert text.endswith("<!-- /tricks -->\nafter\n")
+    assert "outdated" not in text
+    assert (tmp_path / "results/comparison.png").is_file()
+
+
+def fill(index, path):
+    """Save one row of each kind, the automatic ones on both splits."""
+    kept = {"kept": {"train_loss": 0.5, "val_loss": 0.6}}
+    for grouped in (True, False):
+        rows = data.split(index, grouped=grouped)
+        scores = metrics.score(rows, prompts.empty_masks(rows))
+        scores.loc[scores.label != "normal", "dice"] = 0.7 if grouped else 0.75
+        scores.loc[scores.label == "normal", "dice"] = [1.0, 0.0] * 4
+        run = {"seconds": 1, "path": path, "details": {"training": kept}}
+        results.save(scores, rows, model="U-Net, reference recipe", prompt="none", **run)
+        truth = np.eye(3)[[data.LABELS.index(label) for label in rows.label]]
+        results.save_classes(truth, rows, model="VGG-16", prompt="image alone", **run)
+    everything = results.load_all(path)
+    return results.select(everything, source="synthetic"), everything
+
+
+def test_false_alarms_stand_in_the_table(index, tmp_path):
+    rows, _ = fill(index, tmp_path)
+    assert tables.table(rows)["False alarms"].tolist() == ["50%"]
+    assert tables.table(rows).Dice.tolist() == ["0.700 [0.700, 0.700]"]
+
+
+def test_classes_have_a_table_of_their_own(index, tmp_path):
+    table = tables.class_table(fill(index, tmp_path)[0])
+    assert table.Given.tolist() == ["image alone"]
+    assert table.Accuracy.tolist() == ["1.000 [1.000, 1.000]"]
+
+
+def test_the_random_split_stands_beside_the_grouped_one(index, tmp_path):
+    rows, everything = fill(index, tmp_path)
+    table = tables.leakage_table(everything, source="synthetic")
+    assert table.Difference.tolist() == ["+0.050", "+0.000"]
+    assert table.Score.tolist() == ["Dice", "accuracy"]
+    assert tables.leakage_table(everything[everything.split == "grouped"], source="synthetic").empty
+
+
+def test_the_published_table_stands_beside_ours(index, tmp_path):
+    table = tables.beside_published(fill(index, tmp_path)[0]).set_index("Network")
+    assert table.loc["U-Net", "Published, validation"] == "0.0200"
+    assert table.loc["U-Net", "Ours, validation"] == "0.6000"
+    assert table.loc["VGG-16", "On the test fold"] == "accuracy 1.000"
+    assert table.loc["SAM", "Ours, training"] == "missing"
+
+
+def test_what_is_missing_names_its_notebook(index, tmp_path):
+    rows, everything = fill(index, tmp_path)
+    lacking = tables.missing(rows)
+    assert len(lacking) == len(tables.EXPECTED) - 2
+    assert "03_medsam.ipynb" in lacking.notebook.tolist()
+    said = tables.conclusion(rows, everything)
+    assert "U-Net, reference recipe outlines best: Dice **0.700**" in said
+    assert "on 50% of the normal ones" in said
+    assert "VGG-16 names best: accuracy **1.000**" in said
+    assert "scores +0.050 Dice against the grouped one" in said
+    assert "Missing: released weights, ground-truth box; run 03_medsam.ipynb." in said
+
+
+def test_markdown_is_a_table():
+    frame = pd.DataFrame({"a": ["1", "2"], "b": ["x", "y"]})
+    assert tables.markdown(frame) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"

@@ -1,0 +1,219 @@
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from helpers import data, unet
+
+TINY = {"size": 32, "width": 2, "epochs": 2, "batch_size": 4}
+OURS = TINY | {"loss": "dice+ce", "batch_norm": True, "augment": 1.0, "schedule": "cosine"}
+
+
+@pytest.fixture(scope="module")
+def rows(index):
+    split = data.split(index)
+    return split[split.subset == "train"], data.scored(split, "val")
+
+
+def test_reference_network_is_the_published_one():
+    network = unet.build()
+    assert network.input_shape == network.output_shape == (None, 128, 128, 1)
+    assert network.count_params() == 31_030_593  # of the U-Net with 64 to 1024 filters and biases
+    assert network.get_layer("head").activation is keras.activations.relu
+    dropped = [layer.rate for layer in network.layers if isinstance(layer, keras.layers.Dropout)]
+    assert dropped == [0.2] * 5 + [0.1] * 4
+    assert unet.levels(network).features.tolist() == [64, 128, 256, 512, 1024, 512, 256, 128, 64]
+    assert unet.levels(network).side.tolist() == [128, 64, 32, 16, 8, 16, 32, 64, 128]
+
+
+def test_activation_width_and_size_are_parameters():
+    network = unet.build(unet.Choices(size=48, width=3, activation="silu", loss="dice+ce"))
+    assert network.output_shape == (None, 48, 48, 1)
+    assert unet.levels(network).features.max() == 48
+    assert network.get_layer("head").activation is keras.activations.linear
+    assert network.get_layer("bottleneck").activation is keras.activations.silu
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"size": 8}, "size is 8; 4 poolings need a multiple of 16"),
+        ({"size": 100}, "size is 100; 4 poolings need a multiple of 16"),
+        ({"loss": "dice"}, "loss 'dice' is none of mse, dice"),
+        ({"activation": "swish"}, "activation 'swish' is none of relu"),
+        ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
+        ({"learning_rate": 0}, "learning_rate is 0; it must be above 0"),
+        ({"augment": -1}, "augment is -1; it must be 0 or more"),
+        ({"average": 1.0}, "average is 1.0; it must be 0 or more, and below 1"),
+        ({"dropout": (0.2, 1.0)}, "dropout is 1.0; it must be 0 or more, and below 1"),
+    ],
+)
+def test_bad_choices_are_named(choices, message):
+    with pytest.raises(ValueError, match=message):
+        unet.Choices(**choices)
+
+
+def test_batches_are_shuffled_repeatable_and_skippable(rows):
+    choices = unet.Choices(size=32, width=2, batch_size=4, augment=1.0)
+    stream = list(unet.batches(rows[0], choices).take(5))
+    later = next(iter(unet.batches(rows[0], choices, done=4)))
+    assert np.array_equal(stream[4][0], later[0])
+    assert np.array_equal(stream[4][1], later[1])
+    assert not np.array_equal(stream[0][0], stream[3][0])
+    images, masks = stream[0]
+    assert images.shape == masks.shape == (4, 32, 32, 1)
+    assert 0 <= images.numpy().min() < images.numpy().max() <= 1
+    assert set(np.unique(masks)) <= {0, 1}
+
+
+def test_augmentation_moves_image_and_mask_alike():
+    square = np.zeros((4, 64, 64, 1), np.float32)
+    square[:, 20:36, 24:44] = 1
+    choices = unet.Choices(size=64, batch_size=4, augment=1.0)
+    images, masks = unet._augmented(square, square, choices, 3)
+    moved = masks.numpy() != square
+    assert moved.any(axis=(1, 2, 3)).all()
+    assert ((images.numpy() > 0.5) == (masks.numpy() > 0.5)).mean() > 0.99
+    for mask in masks.numpy():
+        assert 0.5 * 320 < mask.sum() < 2 * 320  # scaled by at most a quarter, up or down
+
+
+def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch):
+    choices = OURS | {"epochs": 3, "average": 0.9}
+    network, history = unet.fit(*rows, tmp_path / "whole", **choices)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self, epoch, logs=None):
+        if epoch == 2:
+            raise Stopped
+        return begin(self, epoch, logs)
+
+    begin = unet._Keep.on_epoch_begin
+    monkeypatch.setattr(unet._Keep, "on_epoch_begin", stop)
+    with pytest.raises(Stopped):
+        unet.fit(*rows, tmp_path / "broken", **choices)
+    monkeypatch.undo()
+    resumed, again = unet.fit(*rows, tmp_path / "broken", **choices)
+    assert again.epoch.tolist() == [1, 2, 3]
+    columns = ["train_loss", "val_loss", "val_dice"]
+    np.testing.assert_allclose(again[columns], history[columns], rtol=1e-4)
+    for one, other in zip(resumed.get_weights(), network.get_weights()):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_finished_run_is_read(rows, tmp_path, capsys):
+    network, history = unet.fit(*rows, tmp_path, **TINY)
+    again, same = unet.fit(*rows, tmp_path, **TINY)
+    assert "finished before" in capsys.readouterr().out
+    assert same.equals(history)
+    assert all(np.array_equal(*pair) for pair in zip(network.get_weights(), again.get_weights()))
+    assert history.best.sum() == 1
+    assert history.val_dice[history.best].item() == history.val_dice.max()
+    assert {"train_mean_iou", "val_mean_iou", "train_loss", "val_loss", "source"} <= set(history)
+
+
+def test_training_learns(rows, tmp_path):
+    _, history = unet.fit(*rows, tmp_path, **OURS | {"epochs": 8, "width": 4, "augment": 0.0})
+    assert history.train_loss.iloc[-1] < 0.8 * history.train_loss.iloc[0]
+    assert history.train_dice.iloc[-1] > history.train_dice.iloc[0]
+
+
+def test_dice_counts_two_empty_masks_as_agreement():
+    measure = unet.MeanDice()
+    truth = np.zeros((3, 4, 4, 1), np.float32)
+    truth[1:, :2] = 1
+    logits = np.full((3, 4, 4, 1), -1.0, np.float32)
+    logits[1, :2, :2] = 1.0
+    measure.update_state(truth, logits)
+    assert float(measure.result()) == pytest.approx((1 + 2 * 4 / (8 + 4) + 0) / 3)
+
+
+def test_loss_is_dice_plus_cross_entropy():
+    truth = np.array([1, 1, 0, 0], np.float32).reshape(1, 2, 2, 1)
+    logits = np.zeros((1, 2, 2, 1), np.float32)  # probability 0.5 everywhere: Dice 2 * 1 / (2 + 2)
+    expected = (1 - 0.5) + np.log(2)
+    assert float(unet.dice_and_cross_entropy(truth, logits)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_prediction_is_a_probability_at_the_images_own_size(rows):
+    network = unet.build(unet.Choices(**OURS))
+    image = data.read_image(rows[1].image_path.iloc[0])
+    found = unet.predict(network, image, mirror=True)
+    assert found.shape == image.shape[:2]
+    assert found.dtype == np.float32
+    assert 0 <= found.min() <= found.max() <= 1
+    np.testing.assert_allclose(
+        unet.predict(network, image[:, ::-1], True)[:, ::-1], found, atol=1e-5
+    )
+    masks = unet.predict_masks(network, rows[1], mirror=True)
+    assert np.array_equal(masks[rows[1].image_id.iloc[0]], found > 0.5)
+
+
+def test_images_smaller_than_the_stride_are_enlarged():
+    network = unet.build(unet.Choices(**TINY))
+    assert unet.predict(network, np.full((5, 7, 3), 90, np.uint8)).shape == (5, 7)
+
+
+def test_feature_maps_have_the_shapes_that_levels_lists(rows):
+    network = unet.build(unet.Choices(**TINY))
+    maps = unet.feature_maps(network, data.read_image(rows[1].image_path.iloc[0]))
+    listed = unet.levels(network)
+    assert list(maps) == listed.level.tolist()
+    for found, side, features in zip(maps.values(), listed.side, listed.features):
+        assert found.shape == (side, side, features)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        unet.load(tmp_path / "none.keras")
+    other = tmp_path / "other.keras"
+    keras.Sequential([keras.Input((32, 32, 1)), keras.layers.Conv2D(1, 1)], name="cnn").save(other)
+    with pytest.raises(ValueError, match=r"is the network 'cnn' .* no U-Net of helpers.unet.build"):
+        unet.load(other)
+    other.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="can't be read as a Keras network"):
+        unet.load(other)
+
+
+def test_groups_in_both_sets_are_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match="groups lie in both train and val"):
+        unet.fit(rows[0], rows[0].head(3), tmp_path, **TINY)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(rows, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"lower learning_rate, or use\s+precision"):
+        unet.fit(*rows, tmp_path, **OURS | {"learning_rate": 1e30, "batch_norm": False})
+
+
+ON_TORCH = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "torch"
+from helpers import data, unet
+split = data.split(data.load_index(sys.argv[1]))
+train, val = split[split.subset == "train"], data.scored(split, "val")
+choices = dict(size=32, width=2, epochs=1, batch_size=4, loss="dice+ce", average=0.9)
+network, history = unet.fit(train, val, sys.argv[2], **choices)
+assert history.val_loss.notna().all()
+assert unet.predict(network, data.read_image(val.image_path.iloc[0])).min() >= 0
+print("trained on", unet.keras.backend.backend())
+"""
+
+
+def test_the_torch_backend_trains_too(phantom, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TORCH, phantom, tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trained on torch" in done.stdout
+
+
+@pytest.mark.parametrize("order", ["torch, helpers.unet", "helpers.unet, torch"])
+def test_torch_and_tensorflow_live_in_one_process_and_print_nothing(order):
+    code = f"import {order}, torch._dynamo; import tensorflow, monai.losses, transformers; "
+    code += "print(float(tensorflow.ones(2)[0] + torch.ones(2)[0].item()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "2.0", "")

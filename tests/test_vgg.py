@@ -1,0 +1,176 @@
+import numpy as np
+import pytest
+import torch
+
+from helpers import data, vgg
+
+TINY = {"weights": "tiny", "size": 32, "epochs": 2, "batch_size": 4, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def rows(index):
+    split = data.split(index)
+    return split[split.subset == "train"], data.scored(split, "val")
+
+
+def test_the_network_is_torchvisions_vgg16():
+    with torch.device("meta"):
+        network = vgg.build("scratch")
+    convolutions = [layer for layer in network.features if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [
+        512
+    ] * 6
+    assert sum(weight.numel() for weight in network.parameters()) == 134_272_835
+    assert network.classifier[-1].out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"weights": "cifar"}, "weights 'cifar' is none of imagenet, scratch, tiny"),
+        ({"size": 16}, "size is 16; it must be 32 or more"),
+        ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be 0 or more"),
+    ],
+)
+def test_bad_choices_are_named(choices, message):
+    with pytest.raises(ValueError, match=message):
+        vgg.Choices(**choices)
+
+
+def test_the_learning_rate_follows_the_weights():
+    assert vgg.Choices(weights="imagenet").learning_rate < vgg.Choices().learning_rate
+    assert vgg.Choices(learning_rate=0.5).learning_rate == 0.5
+
+
+def test_without_a_download_it_says_that_it_trains_from_scratch(monkeypatch, capsys):
+    def offline(self, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(vgg.VGG16_Weights, "get_state_dict", offline)
+    assert vgg.default_weights() == "scratch"
+    assert (
+        "trains from scratch: the ImageNet weights can't be had (no route"
+        in capsys.readouterr().out
+    )
+    monkeypatch.setattr(vgg.VGG16_Weights, "get_state_dict", lambda self, **options: {})
+    assert vgg.default_weights() == "imagenet"
+
+
+def test_an_overlay_tints_the_mask_and_nothing_else():
+    image = np.full((4, 4, 3), 100, np.uint8)
+    mask = np.eye(4, dtype=bool)
+    tinted = vgg.overlay(image, mask)
+    assert (tinted[~mask] == 100).all()
+    assert (tinted[mask] == [177, 70, 70]).all()
+    assert (image == 100).all()
+
+
+def test_pictures_are_what_the_network_sees(rows):
+    truths = {row.image_id: data.read_truth(row) for row in rows[1].itertuples()}
+    plain, tinted = vgg.pictures(rows[1], 48), vgg.pictures(rows[1], 48, truths)
+    assert plain.shape == tinted.shape == (len(rows[1]), 48, 48, 3)
+    normal = (rows[1].label == "normal").to_numpy()
+    assert np.array_equal(plain[normal], tinted[normal])
+    assert (plain[~normal] != tinted[~normal]).any(axis=(1, 2, 3)).all()
+
+
+def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch):
+    choices = TINY | {"epochs": 3}
+    network, history = vgg.fit(*rows, folder=tmp_path / "whole", **choices)
+    monkeypatch.setattr(vgg, "WRITE_EVERY", 0)
+    epoch = vgg._Run._epoch
+
+    def stop(self, number, *arguments):
+        if number == 3:
+            raise KeyboardInterrupt
+        return epoch(self, number, *arguments)
+
+    monkeypatch.setattr(vgg._Run, "_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        vgg.fit(*rows, folder=tmp_path / "broken", **choices)
+    monkeypatch.setattr(vgg._Run, "_epoch", epoch)
+    resumed, again = vgg.fit(*rows, folder=tmp_path / "broken", **choices)
+    columns = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "best"]
+    np.testing.assert_allclose(
+        again[columns].astype(float), history[columns].astype(float), rtol=1e-5
+    )
+    for one, other in zip(resumed.parameters(), network.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not list((tmp_path / "broken").rglob("state.pt"))
+
+
+def test_a_finished_run_is_read_and_masks_make_another(rows, tmp_path, capsys):
+    network, history = vgg.fit(*rows, folder=tmp_path, **TINY)
+    pictures = vgg.pictures(rows[1], 32)
+    again, same = vgg.fit(*rows, folder=tmp_path, **TINY)
+    assert "finished before" in capsys.readouterr().out
+    assert same.equals(history)
+    np.testing.assert_array_equal(vgg.predict(network, pictures), vgg.predict(again, pictures))
+    assert history.val_loss[history.best].item() == history.val_loss.min()
+    both = [*rows[0].itertuples(), *rows[1].itertuples()]
+    masks = {row.image_id: data.read_truth(row) for row in both}
+    vgg.fit(*rows, masks, tmp_path, **TINY)
+    assert "finished before" not in capsys.readouterr().out
+
+
+def test_training_learns(rows, tmp_path):
+    choices = TINY | {"size": 64, "epochs": 40, "augment": False, "learning_rate": 0.1}
+    _, history = vgg.fit(*rows, folder=tmp_path, **choices)
+    assert history.train_loss.min() < 0.8 * history.train_loss.iloc[0]
+
+
+def test_predictions_are_probabilities(rows):
+    network = vgg.build("tiny")
+    found = vgg.predict(network, vgg.pictures(rows[1], 32))
+    assert found.shape == (len(rows[1]), 3)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_grad_cam_maps_each_picture(rows):
+    network = vgg.build("tiny")
+    pictures = vgg.pictures(rows[1], 64)[:2]
+    before = vgg.predict(network, pictures)
+    maps, said = vgg.explain(network, pictures)
+    assert maps.shape == (2, 64, 64)
+    assert 0 <= maps.min() <= maps.max() <= 1
+    assert said == [data.LABELS[k] for k in before.argmax(axis=1)]
+    np.testing.assert_allclose(vgg.predict(network, pictures), before, rtol=1e-6)
+
+
+def test_views_start_with_the_picture_itself(rows):
+    row = rows[0].iloc[0]
+    first, mirrored, turned = vgg.views(row, 48, range(3))
+    assert np.array_equal(first, vgg.pictures(rows[0].head(1), 48)[0])
+    assert np.array_equal(mirrored, first[:, ::-1])
+    assert turned.shape == first.shape
+    assert not np.array_equal(turned, first)
+
+
+def test_a_class_that_is_missing_is_named(rows, tmp_path):
+    with pytest.raises(ValueError, match=r"these rows lack \['malignant'\]"):
+        vgg.fit(rows[0].query("label != 'malignant'"), rows[1], folder=tmp_path, **TINY)
+
+
+def test_groups_in_both_sets_are_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match="groups lie in both train and val"):
+        vgg.fit(rows[0], rows[0], folder=tmp_path, **TINY)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(rows, tmp_path):
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        vgg.fit(*rows, folder=tmp_path, **TINY | {"learning_rate": 1e30})
+
+
+def test_another_architecture_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        vgg.load(tmp_path / "none.pt")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(
+        ValueError, match=r"holds no VGG-16 with 3 classes but 2 weights such as \('weight'"
+    ):
+        vgg.load(tmp_path / "other.pt")
+    (tmp_path / "broken.pt").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="can't be read as weights"):
+        vgg.load(tmp_path / "broken.pt")
