@@ -40,8 +40,22 @@ def _quiet():
             os.close(kept)
 
 
-with contextlib.suppress(ImportError):
-    import triton  # noqa: F401  Torch may want it later, and after TensorFlow its import crashes
+def _import_triton():
+    """Import what torch may want later: TensorFlow brings an LLVM of its own, and the two crash.
+
+    So triton binds to its own symbols, in whichever order the two come.
+    """
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0))
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        pass  # no triton on this system, so no clash
+    finally:
+        sys.setdlopenflags(flags)
+
+
+_import_triton()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 with _quiet():
     import keras
