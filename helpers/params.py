@@ -20,6 +20,7 @@ SETTINGS = {
     "LEARNING_RATE": "of fine-tuning, at the start",
     "UNET_WIDTH": "filters of the U-Net's first level",
     "UNET_SIZE": "pixels: the U-Net sees size x size",
+    "UNET_PHANTOMS": "synthetic images per class that the U-Net learns from first; 0 is none",
     "UNET_EPOCHS": "passes of the U-Net over the training images",
     "VGG_WEIGHTS": "what VGG-16 starts from: 'imagenet', 'scratch' or 'tiny' (for tests)",
     "VGG_SIZE": "pixels: VGG-16 sees size x size",

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from helpers import data
+from helpers import data, synthetic
 
 
 @contextlib.contextmanager
@@ -70,7 +70,9 @@ with _quiet():
             tf.config.set_visible_devices([], "GPU")
 
 VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
-CPU_WIDTH = 32
+CPU_WIDTH = 16
+LEAST_PHANTOMS = 8  # per class, so that five folds can be dealt
+PHANTOM_SEED = 11  # other phantoms than those that stand in for BUSI
 LEVELS = 4  # of pooling, so that an image side must be a multiple of 16
 ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")
 SCHEDULES = ("constant", "cosine")
@@ -78,8 +80,8 @@ SCHEDULES = ("constant", "cosine")
 VALIDATED = {
     "loss": "dice+ce",
     "batch_norm": True,
-    "dropout": (0.0, 0.0),
     "augment": 1.0,
+    "phantoms": 500,
     "schedule": "cosine",
     "average": 0.99,
 }
@@ -104,6 +106,9 @@ class Choices:
         loss: "mse", with a one-filter ReLU head, or "dice+ce": batch Dice of the sigmoid plus binary
             cross-entropy, with logits from the head.
         augment: strength of mirroring, turning, scaling, shifting and gain; 1 is usual, 0 is none.
+        phantoms: synthetic images per class that it learns from first (`helpers.synthetic`), with a
+            run of its own; 0 is none. They show what a lesion is before the few real ones do.
+        phantom_epochs: passes over them.
         epochs: passes over the training images.
         batch_size: images per step.
         learning_rate: of AdamW, at the start.
@@ -123,6 +128,8 @@ class Choices:
     dropout: tuple = (0.2, 0.1)
     loss: str = "mse"
     augment: float = 0.0
+    phantoms: int = 0
+    phantom_epochs: int = 8
     epochs: int = 50
     batch_size: int = 8
     learning_rate: float = 1e-3
@@ -142,12 +149,16 @@ class Choices:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
-        for name in ("width", "epochs", "batch_size"):
+        for name in ("width", "epochs", "batch_size", "phantom_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.size < 2**LEVELS or self.size % 2**LEVELS:
             raise ValueError(
                 f"size is {self.size}; {LEVELS} poolings need a multiple of {2**LEVELS}, such as 128"
+            )
+        if self.phantoms and self.phantoms < LEAST_PHANTOMS:
+            raise ValueError(
+                f"phantoms is {self.phantoms}; it must be 0, or {LEAST_PHANTOMS} or more"
             )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
@@ -394,7 +405,7 @@ def fit(train, val, folder="", **choices):
         print(f"this run was finished before; it is read from {finished}")
     else:
         run.mkdir(parents=True, exist_ok=True)
-        _train(train, val, choices, run)
+        _train(train, val, choices, run, folder)
     history = pd.read_csv(table)
     history["best"] = history.epoch == history.epoch[history.val_dice.idxmax()]
     return load(finished), history.assign(source=train.source.iloc[0])
@@ -411,7 +422,7 @@ def _key(train, val, choices):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _train(train, val, choices, run):
+def _train(train, val, choices, run, folder):
     steps = max(1, len(train) // choices.batch_size)
     state, table, best = run / "state.keras", run / "history.csv", run / "best.weights.h5"
     if state.exists():
@@ -420,10 +431,12 @@ def _train(train, val, choices, run):
         history = pd.read_csv(table).query("epoch <= @done").to_dict("records")
     else:
         network, done, history = build(choices), 0, []
+        if choices.phantoms:
+            network.set_weights(_learn_from_phantoms(choices, folder).get_weights())
         compile_network(network, choices, choices.epochs * steps)
     images, masks = pixels(val, choices.size)
     validation = tf.data.Dataset.from_tensor_slices((images / np.float32(255), masks))
-    keep = _Keep(history, state, table, best, choices.epochs)
+    keep = _Keep(history, state, table, best, choices.epochs, choices.seed)
     network.fit(
         batches(train, choices, done * steps),
         validation_data=validation.batch(choices.batch_size),
@@ -441,6 +454,19 @@ def _train(train, val, choices, run):
     save(plain, run / "unet.keras")
     for path in (state, best):
         path.unlink(missing_ok=True)
+
+
+def _learn_from_phantoms(choices, folder):
+    """Train on synthetic images first; the run is kept and serves every split of the real ones."""
+    name = f"synthetic-v{synthetic.VERSION}-{choices.phantoms}-pretraining"
+    root = synthetic.make_busi(
+        data.cache_folder(folder) / name, choices.phantoms, seed=PHANTOM_SEED
+    )
+    split = data.split(data.load_index(root))
+    first = dataclasses.asdict(choices) | {"phantoms": 0, "epochs": choices.phantom_epochs}
+    train, val = split[split.subset != "val"], data.scored(split, "val")
+    print(f"first {len(train)} synthetic images, then the training images")
+    return fit(train, val, folder, **first)[0]
 
 
 def compile_network(network, choices, steps):
@@ -463,8 +489,9 @@ def compile_network(network, choices, steps):
 class _Keep(keras.callbacks.Callback):
     """Keeps the history, the best weights, and a state to resume from."""
 
-    def __init__(self, history, state, table, best, epochs):
+    def __init__(self, history, state, table, best, epochs, seed):
         super().__init__()
+        self.seed = seed
         self.history, self.state, self.table, self.best = history, state, table, best
         self.progress = tqdm(
             total=epochs, initial=len(history), desc="training", unit="epoch", file=sys.stdout
@@ -475,6 +502,9 @@ class _Keep(keras.callbacks.Callback):
         if epoch > self.progress.initial:
             self.write_history()
             save(self.model, self.state)
+        for number, layer in enumerate(self.model.layers):
+            if isinstance(layer, layers.Dropout) and layer.rate:  # a file does not keep its draws
+                layer.seed_generator.state.assign([self.seed + number, epoch])
         self.start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):

@@ -27,8 +27,12 @@ from helpers.sam import multiplies_bfloat16
 VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
 WRITE_EVERY = 60  # seconds between two states on disk, which take 1 GB each
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
-RATES = {"imagenet": 1e-3, "scratch": 1e-2, "tiny": 1e-2}  # of SGD, by where the weights come from
-CPU_SIZE = 128
+RATES = {
+    "imagenet": 2e-5,
+    "scratch": 1e-4,
+    "tiny": 1e-3,
+}  # of AdamW, by where the weights come from
+CPU_SIZE = 96
 LEAST = 32  # pixels: five poolings leave one
 TINT = (255, 40, 40)  # RGB of the mask overlay
 
@@ -45,7 +49,7 @@ class Choices:
         balance: weigh each class by the inverse of its share in the loss.
         epochs: passes over the training images.
         batch_size: images per step.
-        learning_rate: of SGD with momentum 0.9, which falls along a cosine; None: `RATES`.
+        learning_rate: of AdamW, which falls along a cosine; None: `RATES`.
         weight_decay: of the optimiser.
         precision: "float32", "bfloat16", or "auto": bfloat16 where it is native.
         seed: of the weights, the order, the dropout and the views.
@@ -58,7 +62,7 @@ class Choices:
     epochs: int = 50
     batch_size: int = 16
     learning_rate: float | None = None
-    weight_decay: float = 5e-4
+    weight_decay: float = 1e-2
     precision: str = "auto"
     seed: int = 0
 
@@ -239,12 +243,8 @@ class _Run:
         self.network = build(choices.weights, choices.seed).to(
             self.device, memory_format=torch.channels_last
         )
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            choices.learning_rate,
-            momentum=0.9,
-            weight_decay=choices.weight_decay,
-            nesterov=True,
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), choices.learning_rate, weight_decay=choices.weight_decay
         )
         self.history, self.best, self.written = [], None, time.monotonic()
         self._read()

@@ -18,6 +18,7 @@ os.environ |= {
     "NB_UNET_WIDTH": "2",
     "NB_UNET_SIZE": "32",
     "NB_UNET_EPOCHS": "2",
+    "NB_UNET_PHANTOMS": "8",
     "NB_VGG_WEIGHTS": "tiny",
     "NB_VGG_SIZE": "32",
     "NB_HEAD_EPOCHS": "2",

@@ -45,6 +45,7 @@ def test_activation_width_and_size_are_parameters():
         ({"activation": "swish"}, "activation 'swish' is none of relu"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"learning_rate": 0}, "learning_rate is 0; it must be above 0"),
+        ({"phantoms": 3}, "phantoms is 3; it must be 0, or 8 or more"),
         ({"augment": -1}, "augment is -1; it must be 0 or more"),
         ({"average": 1.0}, "average is 1.0; it must be 0 or more, and below 1"),
         ({"dropout": (0.2, 1.0)}, "dropout is 1.0; it must be 0 or more, and below 1"),
@@ -103,6 +104,21 @@ def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch
     np.testing.assert_allclose(again[columns], history[columns], rtol=1e-4)
     for one, other in zip(resumed.get_weights(), network.get_weights()):
         np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys):
+    choices = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1, "learning_rate": 1e-30}
+    network, _ = unet.fit(*rows, tmp_path, **choices)
+    assert "synthetic images, then the training images" in capsys.readouterr().out
+    random = unet.build(unet.Choices(**TINY))
+    moved = [np.abs(a - b).max() for a, b in zip(network.get_weights(), random.get_weights())]
+    assert max(moved) == 0  # a learning rate of nothing leaves both runs at the random weights
+    again = choices | {"learning_rate": 1e-3}
+    network, _ = unet.fit(*rows, tmp_path, **again)
+    alone, _ = unet.fit(*rows, tmp_path, **again | {"phantoms": 0})
+    assert not np.allclose(network.get_weights()[0], alone.get_weights()[0])
+    unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **again)  # other rows, the same phantoms
+    assert "finished before" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_read(rows, tmp_path, capsys):
