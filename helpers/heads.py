@@ -164,7 +164,7 @@ def fit(segmenter, train, val, folder="", **choices):
 
 
 def _train(segmenter, train, val, folder, choices):
-    device = segmenter.device
+    device, mixed = segmenter.device, segmenter.precision == "bfloat16"
     views = [
         embeddings.embed_rows(segmenter, train, folder, view, choices.seed)
         for view in range(choices.views)
@@ -202,7 +202,8 @@ def _train(segmenter, train, val, folder, choices):
                 drawn = torch.randint(choices.views, (len(batch),), generator=generator).tolist()
                 picked = [views[view][i] for view, i in zip(drawn, batch.tolist())]
                 truth = torch.stack([maps[view][i] for view, i in zip(drawn, batch.tolist())])
-                lesion, logits = head(*_inputs(picked, device))
+                with torch.autocast(device.type, torch.bfloat16, mixed):
+                    lesion, logits = (part.float() for part in head(*_inputs(picked, device)))
                 target = labels[batch].to(device)
                 loss = F.cross_entropy(logits, target, weight)
                 if not torch.isfinite(loss):

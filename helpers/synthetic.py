@@ -24,10 +24,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from helpers import data
 from helpers.data import DATASET_FOLDER, SYNTHETIC_MARKER
 
 CLASSES = ("benign", "malignant", "normal")
 VERSION = 1
+LEAST_TO_LEARN_FROM = 8  # images per class, so that five folds can be dealt
+PRETRAINING_SEED = 11
 AXIAL_SIGMA = 1.3  # px, width of the point-spread function along the beam
 LATERAL_SIGMA = (1.8, 4.2)  # px, across the beam: at the transducer and at the bottom
 LOOKS = 3  # frames of independent speckle that the scanner averages
@@ -75,6 +78,29 @@ def make_busi(root, images_per_class, seed=0):
             if not _is_finished(root, marker):
                 raise
     return root
+
+
+def to_learn_from(images_per_class, folder=""):
+    """Make phantoms for a network to learn from before it sees real images.
+
+    Args:
+        images_per_class: `LEAST_TO_LEARN_FROM` or more.
+        folder: to keep them in; "" is `helpers.data.cache_folder()`.
+
+    Returns:
+        (train, val): rows of an index. They are other phantoms than those that stand in for BUSI.
+
+    Raises:
+        ValueError: fewer images than can be split.
+    """
+    if images_per_class < LEAST_TO_LEARN_FROM:
+        raise ValueError(
+            f"phantoms is {images_per_class}; it must be 0 (none), or {LEAST_TO_LEARN_FROM} or more"
+        )
+    name = f"synthetic-v{VERSION}-{images_per_class}-pretraining"
+    root = make_busi(data.cache_folder(folder) / name, images_per_class, PRETRAINING_SEED)
+    split = data.split(data.load_index(root))
+    return split[split.subset != "val"], data.scored(split, "val")
 
 
 def _is_finished(root, marker):

@@ -71,8 +71,6 @@ with _quiet():
 
 VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
 CPU_WIDTH = 16
-LEAST_PHANTOMS = 8  # per class, so that five folds can be dealt
-PHANTOM_SEED = 11  # other phantoms than those that stand in for BUSI
 LEVELS = 4  # of pooling, so that an image side must be a multiple of 16
 ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")
 SCHEDULES = ("constant", "cosine")
@@ -106,8 +104,8 @@ class Choices:
         loss: "mse", with a one-filter ReLU head, or "dice+ce": batch Dice of the sigmoid plus binary
             cross-entropy, with logits from the head.
         augment: strength of mirroring, turning, scaling, shifting and gain; 1 is usual, 0 is none.
-        phantoms: synthetic images per class that it learns from first (`helpers.synthetic`), with a
-            run of its own; 0 is none. They show what a lesion is before the few real ones do.
+        phantoms: synthetic images per class that it learns from first, in a run of its own
+            (`helpers.synthetic.to_learn_from`); 0 is none.
         phantom_epochs: passes over them.
         epochs: passes over the training images.
         batch_size: images per step.
@@ -155,10 +153,6 @@ class Choices:
         if self.size < 2**LEVELS or self.size % 2**LEVELS:
             raise ValueError(
                 f"size is {self.size}; {LEVELS} poolings need a multiple of {2**LEVELS}, such as 128"
-            )
-        if self.phantoms and self.phantoms < LEAST_PHANTOMS:
-            raise ValueError(
-                f"phantoms is {self.phantoms}; it must be 0, or {LEAST_PHANTOMS} or more"
             )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
@@ -458,13 +452,8 @@ def _train(train, val, choices, run, folder):
 
 def _learn_from_phantoms(choices, folder):
     """Train on synthetic images first; the run is kept and serves every split of the real ones."""
-    name = f"synthetic-v{synthetic.VERSION}-{choices.phantoms}-pretraining"
-    root = synthetic.make_busi(
-        data.cache_folder(folder) / name, choices.phantoms, seed=PHANTOM_SEED
-    )
-    split = data.split(data.load_index(root))
+    train, val = synthetic.to_learn_from(choices.phantoms, folder)
     first = dataclasses.asdict(choices) | {"phantoms": 0, "epochs": choices.phantom_epochs}
-    train, val = split[split.subset != "val"], data.scored(split, "val")
     print(f"first {len(train)} synthetic images, then the training images")
     return fit(train, val, folder, **first)[0]
 

@@ -21,7 +21,7 @@ from torchvision.models import VGG16_Weights, vgg16
 from torchvision.models.vgg import VGG, make_layers
 from tqdm import tqdm
 
-from helpers import augment, data
+from helpers import augment, data, synthetic
 from helpers.sam import multiplies_bfloat16
 
 VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
@@ -45,6 +45,9 @@ class Choices:
         weights: what it starts from: "imagenet" (torchvision's, downloaded) or "scratch"; "tiny" is a
             sixteenth as wide, for tests.
         size: pixels; every image is stretched to size x size.
+        phantoms: synthetic images per class that it learns from first, in a run of its own and
+            without masks (`helpers.synthetic.to_learn_from`); 0 is none.
+        phantom_epochs: passes over them.
         augment: another view of each image in every epoch, as in `helpers.augment.view`.
         balance: weigh each class by the inverse of its share in the loss.
         epochs: passes over the training images.
@@ -57,6 +60,8 @@ class Choices:
 
     weights: str = "scratch"
     size: int = 224
+    phantoms: int = 0
+    phantom_epochs: int = 8
     augment: bool = True
     balance: bool = True
     epochs: int = 50
@@ -73,7 +78,12 @@ class Choices:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
-        for name, least in (("epochs", 1), ("batch_size", 1), ("size", LEAST)):
+        for name, least in (
+            ("epochs", 1),
+            ("phantom_epochs", 1),
+            ("batch_size", 1),
+            ("size", LEAST),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
         if self.weight_decay < 0:
@@ -200,6 +210,7 @@ class _Run:
             choices.precision == "auto" and multiplies_bfloat16(self.device)
         )
         self.masks = masks
+        self.base = folder
         self.folder = data.cache_folder(folder) / "vgg" / self._key()
 
     def _key(self):
@@ -240,9 +251,7 @@ class _Run:
         ]
         counts = torch.bincount(labels[0], minlength=len(data.LABELS))
         self.weight = (counts.sum() / counts / len(counts)).float() if choices.balance else None
-        self.network = build(choices.weights, choices.seed).to(
-            self.device, memory_format=torch.channels_last
-        )
+        self.network = self._start().to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), choices.learning_rate, weight_decay=choices.weight_decay
         )
@@ -274,6 +283,15 @@ class _Run:
                 self._write()
                 progress.set_postfix_str(f"val loss {row['val_loss']:.3f}")
                 progress.update()
+
+    def _start(self):
+        choices = self.choices
+        if not choices.phantoms or (self.folder / "state.pt").exists():
+            return build(choices.weights, choices.seed)
+        train, val = synthetic.to_learn_from(choices.phantoms, self.base)
+        first = dataclasses.asdict(choices) | {"phantoms": 0, "epochs": choices.phantom_epochs}
+        print(f"first {len(train)} synthetic images, then the training images")
+        return fit(train, val, None, self.base, **first)[0]
 
     def _targets(self, rows):
         return torch.tensor([data.LABELS.index(label) for label in rows.label])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from helpers import synthetic
+from helpers import data, synthetic
 
 N = 8
 COLUMNS = [
@@ -331,3 +331,15 @@ def test_foreign_folder_is_an_error_and_stays(tmp_path):
 def test_another_set_is_an_error(root, change):
     with pytest.raises(FileExistsError, match=f'"images_per_class": {N}, "seed": 0}}, not'):
         synthetic.make_busi(root, **({"images_per_class": N, "seed": 0} | change))
+
+
+def test_phantoms_to_learn_from_are_split_and_are_no_stand_ins(phantom, tmp_path):
+    train, val = synthetic.to_learn_from(8, tmp_path)
+    data.check_apart(train, val)
+    data.check_classes(train)
+    again, _ = synthetic.to_learn_from(8, tmp_path)
+    assert again.equals(train)
+    stand_in = data.load_index(phantom)
+    assert data.signature(train.head(2)) != data.signature(stand_in.loc[train.index[:2]])
+    with pytest.raises(ValueError, match=r"phantoms is 3; it must be 0 \(none\), or 8 or more"):
+        synthetic.to_learn_from(3, tmp_path)

@@ -45,7 +45,6 @@ def test_activation_width_and_size_are_parameters():
         ({"activation": "swish"}, "activation 'swish' is none of relu"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"learning_rate": 0}, "learning_rate is 0; it must be above 0"),
-        ({"phantoms": 3}, "phantoms is 3; it must be 0, or 8 or more"),
         ({"augment": -1}, "augment is -1; it must be 0 or more"),
         ({"average": 1.0}, "average is 1.0; it must be 0 or more, and below 1"),
         ({"dropout": (0.2, 1.0)}, "dropout is 1.0; it must be 0 or more, and below 1"),

@@ -115,6 +115,16 @@ def test_a_finished_run_is_read_and_masks_make_another(rows, tmp_path, capsys):
     assert "finished before" not in capsys.readouterr().out
 
 
+def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys):
+    choices = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1}
+    network, _ = vgg.fit(*rows, folder=tmp_path, **choices)
+    assert "synthetic images, then the training images" in capsys.readouterr().out
+    alone, _ = vgg.fit(*rows, folder=tmp_path, **choices | {"phantoms": 0})
+    assert not torch.equal(network.features[0].weight, alone.features[0].weight)
+    vgg.fit(rows[0].iloc[1:], rows[1], folder=tmp_path, **choices)  # other rows, the same phantoms
+    assert "finished before" in capsys.readouterr().out
+
+
 def test_training_learns(rows, tmp_path):
     choices = TINY | {"size": 64, "epochs": 40, "augment": False, "learning_rate": 0.1}
     _, history = vgg.fit(*rows, folder=tmp_path, **choices)
