@@ -4,7 +4,8 @@ import torch
 
 from helpers import data, vgg
 
-TINY = {"weights": "tiny", "size": 32, "epochs": 2, "batch_size": 4, "precision": "float32"}
+TINY = {"weights": "scratch", "learning_rate": 1e-3, "width": 4, "size": 32}
+TINY |= {"epochs": 2, "batch_size": 4, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def rows(index):
 
 def test_the_network_is_torchvisions_vgg16():
     with torch.device("meta"):
-        network = vgg.build("scratch")
+        network = vgg.build()
     convolutions = [layer for layer in network.features if isinstance(layer, torch.nn.Conv2d)]
     assert [layer.out_channels for layer in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [
         512
@@ -27,7 +28,8 @@ def test_the_network_is_torchvisions_vgg16():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"weights": "cifar"}, "weights 'cifar' is none of imagenet, scratch, tiny"),
+        ({"weights": "cifar"}, "weights 'cifar' is none of imagenet, phantoms, scratch"),
+        ({"weights": "imagenet", "width": 4}, "ImageNet's weights are for a width of 64"),
         ({"size": 16}, "size is 16; it must be 32 or more"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be above 0"),
@@ -44,14 +46,14 @@ def test_the_learning_rate_follows_the_weights():
     assert vgg.Choices(learning_rate=0.5).learning_rate == 0.5
 
 
-def test_without_a_download_it_says_that_it_trains_from_scratch(monkeypatch, capsys):
+def test_without_a_download_it_says_that_it_starts_from_phantoms(monkeypatch, capsys):
     def offline(self, **options):
         raise OSError("no route to host")
 
     monkeypatch.setattr(vgg.VGG16_Weights, "get_state_dict", offline)
-    assert vgg.default_weights() == "scratch"
+    assert vgg.default_weights() == "phantoms"
     assert (
-        "trains from scratch: the ImageNet weights can't be had (no route"
+        "starts from phantoms: the ImageNet weights can't be had (no route"
         in capsys.readouterr().out
     )
     monkeypatch.setattr(vgg.VGG16_Weights, "get_state_dict", lambda self, **options: {})
@@ -116,10 +118,10 @@ def test_a_finished_run_is_read_and_masks_make_another(rows, tmp_path, capsys):
 
 
 def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys):
-    choices = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1}
+    choices = TINY | {"weights": "phantoms", "phantoms": 8, "phantom_epochs": 2, "epochs": 1}
     network, _ = vgg.fit(*rows, folder=tmp_path, **choices)
     assert "synthetic images, then the training images" in capsys.readouterr().out
-    alone, _ = vgg.fit(*rows, folder=tmp_path, **choices | {"phantoms": 0})
+    alone, _ = vgg.fit(*rows, folder=tmp_path, **choices | {"weights": "scratch"})
     assert not torch.equal(network.features[0].weight, alone.features[0].weight)
     vgg.fit(rows[0].iloc[1:], rows[1], folder=tmp_path, **choices)  # other rows, the same phantoms
     assert "finished before" in capsys.readouterr().out
@@ -132,14 +134,14 @@ def test_training_learns(rows, tmp_path):
 
 
 def test_predictions_are_probabilities(rows):
-    network = vgg.build("tiny")
+    network = vgg.build(width=4)
     found = vgg.predict(network, vgg.pictures(rows[1], 32))
     assert found.shape == (len(rows[1]), 3)
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
 
 
 def test_grad_cam_maps_each_picture(rows):
-    network = vgg.build("tiny")
+    network = vgg.build(width=4)
     pictures = vgg.pictures(rows[1], 64)[:2]
     before = vgg.predict(network, pictures)
     maps, said = vgg.explain(network, pictures)
