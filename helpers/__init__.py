@@ -24,3 +24,8 @@ Where to look:
 
 Importing `helpers` loads neither torch nor tensorflow; each module loads what it needs.
 """
+
+import os
+
+# Torch and MONAI import TensorFlow where it is installed; its start-up notes are no news to a reader.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

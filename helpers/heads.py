@@ -202,8 +202,9 @@ def _train(segmenter, train, val, folder, choices):
                 drawn = torch.randint(choices.views, (len(batch),), generator=generator).tolist()
                 picked = [views[view][i] for view, i in zip(drawn, batch.tolist())]
                 truth = torch.stack([maps[view][i] for view, i in zip(drawn, batch.tolist())])
+                inputs = _inputs(picked, device)
                 with torch.autocast(device.type, torch.bfloat16, mixed):
-                    lesion, logits = (part.float() for part in head(*_inputs(picked, device)))
+                    lesion, logits = (part.float() for part in head(*inputs))
                 target = labels[batch].to(device)
                 loss = F.cross_entropy(logits, target, weight)
                 if not torch.isfinite(loss):

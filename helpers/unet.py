@@ -56,7 +56,6 @@ def _import_triton():
 
 
 _import_triton()
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 with _quiet():
     import keras
     import tensorflow as tf
