@@ -365,7 +365,7 @@ def comparison(results):
         what = "outlines, prompt" if prompt in PROMPTS else "classes, given"
         axes.set_title(f"{what}: {prompt}{origin}", fontsize=10, loc="left")
         axes.grid(axis="x", alpha=0.3)
-    label = "mean Dice on lesion images (outlines), accuracy (classes); 95 % intervals"
+    label = "Dice of lesions, accuracy of classes; 95 % intervals"
     cells.flat[-1].set_xlabel(label)
     return _finish(figure, results, "Every model on the test fold")
 

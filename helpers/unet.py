@@ -56,6 +56,7 @@ def _import_triton():
 
 
 _import_triton()
+torch.cuda.is_available()  # torch must ask the driver first: after TensorFlow it warns that it can't
 with _quiet():
     import keras
     import tensorflow as tf
