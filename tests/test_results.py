@@ -5,14 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import data, metrics, prompts, results
-
-
-@pytest.fixture
-def run(index):
-    rows = data.lesions(data.split(index).groupby("label").head(3))
-    scores = metrics.score(rows, prompts.fill_ellipses(rows, prompts.truth_boxes(rows)))
-    return scores, rows
+from helpers import data, metrics, results
 
 
 def save(run, path, **changes):

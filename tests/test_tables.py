@@ -5,13 +5,6 @@ import pytest
 from helpers import data, metrics, prompts, results, tables
 
 
-@pytest.fixture
-def run(index):
-    rows = data.lesions(data.split(index).groupby("label").head(3))
-    scores = metrics.score(rows, prompts.fill_ellipses(rows, prompts.truth_boxes(rows)))
-    return scores, rows
-
-
 def save(run, path, **changes):
     settings = {"model": "ellipse in the box", "prompt": "ground-truth box", "seconds": 1.25}
     return results.save(*run, path=path, **(settings | changes))
