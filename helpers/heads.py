@@ -2,7 +2,7 @@
 
 The frozen encoder of a segmenter has seen far more images than BUSI holds. On its embeddings a few
 convolutions train in minutes. The masks of the training images teach them where to look; a prediction
-needs no mask and no box.
+needs no mask and no box. Several members, trained from different seeds, decide together.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from helpers import augment, data, embeddings
 
-VERSION = 1  # raise it with every change that gives other numbers: older runs are then made again
+VERSION = 2  # raise it with every change that gives other numbers: older runs are then made again
 OUTSIDE = -20.0  # the logit of "lesion" where the input was padded
 
 
@@ -36,10 +36,14 @@ class Choices:
         batch_size: images per step.
         width: features of each convolution.
         dropout: share of the features that the classifier drops.
+        shrink: cells of the embedding, per side, that are averaged into one.
+        members: networks, each with a seed of its own, whose probabilities are averaged.
+        balance: weigh each class by the inverse of its share in the loss; off did better on validation.
         views: augmented views of each training image, as in `helpers.augment.view`; each step draws
             one. Each costs one pass of the encoder.
         average: decay of an exponential moving average of the weights, which is what is kept.
-        seed: of the weights, the order, the draw of views and the dropout.
+        seed: of the weights, the order, the draw of views and the dropout; the next member takes the
+            next.
     """
 
     epochs: int = 30
@@ -48,12 +52,15 @@ class Choices:
     batch_size: int = 16
     width: int = 128
     dropout: float = 0.3
+    shrink: int = 2
+    members: int = 3
+    balance: bool = False
     views: int = 4
     average: float = 0.99
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "width", "views"):
+        for name in ("epochs", "batch_size", "width", "shrink", "members", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("dropout", "average"):
@@ -67,7 +74,7 @@ class Choices:
             raise ValueError(f"width is {self.width}; it must be a multiple of 8")
 
 
-class Head(nn.Module):
+class Member(nn.Module):
     """Convolutions that see further and further, then a lesion map, and classes from what it shows."""
 
     def __init__(self, channels, width, dropout):
@@ -84,7 +91,7 @@ class Head(nn.Module):
                 nn.GroupNorm(8, width),
                 nn.GELU(),
             )
-            for reach in (1, 2, 4)
+            for reach in (1, 2, 3)
         )
         self.lesion = nn.Conv2d(width, 1, 1)
         self.name = nn.Sequential(
@@ -109,13 +116,29 @@ class Head(nn.Module):
         share = torch.sigmoid(lesion)
         area = inside.sum((2, 3))
         pooled = [
-            (x * share).sum((2, 3)) / (share.sum((2, 3)) + 1),
+            (x * share).sum((2, 3)) / (share.sum((2, 3)) + 0.25),
             (x * inside).sum((2, 3)) / area,
             x.masked_fill(inside == 0, -math.inf).amax((2, 3)),
             share.sum((2, 3)) / area,
             lesion.amax((2, 3)) / 5,
         ]
         return lesion, self.name(torch.cat(pooled, 1))
+
+
+class Head(nn.Module):
+    """Members that decide together: the mean of their probabilities."""
+
+    def __init__(self, channels, width, dropout, shrink, members):
+        super().__init__()
+        self.shape = {"channels": channels, "width": width, "dropout": dropout}
+        self.shape |= {"shrink": shrink, "members": members}
+        self.members = nn.ModuleList(Member(channels, width, dropout) for _ in range(members))
+
+    def forward(self, features, inside):
+        """Return the probabilities (N, 3) of the classes; the arguments are those of `Member`."""
+        inputs = _shrunk(features, inside, self.shape["shrink"])
+        votes = [torch.softmax(member(*inputs)[1], 1) for member in self.members]
+        return torch.stack(votes).mean(0)
 
 
 def fit(segmenter, train, val, folder="", **choices):
@@ -170,41 +193,80 @@ def _train(segmenter, train, val, folder, choices):
         for view in range(choices.views)
     ]
     views = [[found[name] for name in train.image_id] for found in views]
-    grid = views[0][0].features.shape[1:]
+    channels, *grid = views[0][0].features.shape
     maps = [_maps(train, found, grid, view, choices.seed) for view, found in enumerate(views)]
     val_found = embeddings.embed_rows(segmenter, val, folder)
     labels, val_labels = (
         torch.tensor([data.LABELS.index(label) for label in rows.label]) for rows in (train, val)
     )
-    weight = (len(labels) / torch.bincount(labels) / len(data.LABELS)).float().to(device)
-    generator = torch.Generator().manual_seed(choices.seed)
+    weight = None
+    if choices.balance:
+        weight = (len(labels) / torch.bincount(labels) / len(data.LABELS)).float().to(device)
     with torch.random.fork_rng():
-        torch.manual_seed(choices.seed)
-        head = Head(views[0][0].features.shape[0], choices.width, choices.dropout).to(device)
-        steps = max(1, len(labels) // choices.batch_size)
-        optimizer = torch.optim.AdamW(
-            head.parameters(), choices.learning_rate, weight_decay=choices.weight_decay
+        runs = [
+            _Run(channels, choices, number, len(labels), device)
+            for number in range(choices.members)
+        ]
+    head = Head(channels, choices.width, choices.dropout, choices.shrink, choices.members)
+    head.members = nn.ModuleList(run.averaged.module for run in runs)
+    history, best = [], None
+    for epoch in tqdm(range(1, choices.epochs + 1), "training", unit="epoch", file=sys.stdout):
+        start = time.perf_counter()
+        sums = [run.epoch(epoch, views, maps, labels, weight, mixed) for run in runs]
+        losses, correct = (sum(parts) / len(labels) / len(runs) for parts in zip(*sums))
+        probabilities = torch.from_numpy(predict(head, val_found))
+        history.append(
+            {
+                "epoch": epoch,
+                "train_loss": losses,
+                "train_accuracy": correct,
+                "val_loss": float(F.nll_loss(probabilities.log(), val_labels)),
+                "val_accuracy": float((probabilities.argmax(1) == val_labels).float().mean()),
+                "seconds": round(time.perf_counter() - start, 2),
+            }
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, choices.learning_rate, total_steps=steps * choices.epochs
+        if history[-1]["val_loss"] <= min(row["val_loss"] for row in history):
+            best = {name: value.clone() for name, value in head.state_dict().items()}
+    head.load_state_dict(best)
+    return head, history
+
+
+class _Run:
+    """The training of one member."""
+
+    def __init__(self, channels, choices, number, images, device):
+        self.choices, self.device = choices, device
+        self.seed = choices.seed + number
+        self.steps = max(1, images // choices.batch_size)
+        torch.manual_seed(self.seed)
+        self.member = Member(channels, choices.width, choices.dropout).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.member.parameters(), choices.learning_rate, weight_decay=choices.weight_decay
         )
-        averaged = torch.optim.swa_utils.AveragedModel(
-            head, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(choices.average)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, choices.learning_rate, total_steps=self.steps * choices.epochs
         )
-        map_loss = DiceCELoss(sigmoid=True, squared_pred=True, batch=True)
-        history, best = [], None
-        for epoch in tqdm(range(1, choices.epochs + 1), "training", unit="epoch", file=sys.stdout):
-            start = time.perf_counter()
-            head.train()
-            losses = correct = 0.0
-            order = torch.randperm(len(labels), generator=generator)
-            for batch in order.tensor_split(steps):
-                drawn = torch.randint(choices.views, (len(batch),), generator=generator).tolist()
+        self.averaged = torch.optim.swa_utils.AveragedModel(
+            self.member, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(choices.average)
+        )
+        self.map_loss = DiceCELoss(sigmoid=True, squared_pred=True, batch=True)
+
+    def epoch(self, epoch, views, maps, labels, weight, mixed):
+        """Pass over the training images once; return the sums of loss and of right answers."""
+        choices, device = self.choices, self.device
+        losses = correct = 0.0
+        self.member.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed * 1_000_003 + epoch)
+            for batch in torch.randperm(len(labels)).tensor_split(self.steps):
+                drawn = torch.randint(choices.views, (len(batch),)).tolist()
                 picked = [views[view][i] for view, i in zip(drawn, batch.tolist())]
                 truth = torch.stack([maps[view][i] for view, i in zip(drawn, batch.tolist())])
-                inputs = _inputs(picked, device)
+                features, inside = _inputs(picked, device)
+                truth, _ = _shrunk(truth[:, None].float().to(device), inside, choices.shrink)
+                features, inside = _shrunk(features, inside, choices.shrink)
                 with torch.autocast(device.type, torch.bfloat16, mixed):
-                    lesion, logits = (part.float() for part in head(*inputs))
+                    lesion, logits = (part.float() for part in self.member(features, inside))
                 target = labels[batch].to(device)
                 loss = F.cross_entropy(logits, target, weight)
                 if not torch.isfinite(loss):
@@ -212,33 +274,19 @@ def _train(segmenter, train, val, folder, choices):
                         f"the training loss of epoch {epoch} is {loss.item()}; lower learning_rate "
                         f"(now {choices.learning_rate})"
                     )
-                optimizer.zero_grad()
-                (loss + map_loss(lesion, truth[:, None].float().to(device))).backward()
-                nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                averaged.update_parameters(head)
+                self.optimizer.zero_grad()
+                (loss + self.map_loss(lesion, truth)).backward()
+                nn.utils.clip_grad_norm_(self.member.parameters(), 1.0)
+                self.optimizer.step()
+                self.schedule.step()
+                self.averaged.update_parameters(self.member)
                 losses += loss.item() * len(batch)
                 correct += float((logits.argmax(1) == target).sum())
-            probabilities = torch.from_numpy(predict(averaged.module, val_found))
-            history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": losses / len(labels),
-                    "train_accuracy": correct / len(labels),
-                    "val_loss": float(F.nll_loss(probabilities.log(), val_labels)),
-                    "val_accuracy": float((probabilities.argmax(1) == val_labels).float().mean()),
-                    "seconds": round(time.perf_counter() - start, 2),
-                }
-            )
-            if history[-1]["val_loss"] <= min(row["val_loss"] for row in history):
-                best = {name: value.clone() for name, value in averaged.module.state_dict().items()}
-    head.load_state_dict(best)
-    return head, history
+        return losses, correct
 
 
 def _maps(rows, found, grid, view, seed):
-    """Return the truth on the embedding's grid: bool tensors (h, w), in the order of `rows`."""
+    """Return the lesion's share of each cell of the embedding's grid: list of float16 (h, w)."""
     maps = []
     for row, stored in zip(rows.itertuples(), found):
         truth = data.read_truth(row)
@@ -248,8 +296,8 @@ def _maps(rows, found, grid, view, seed):
             ]
         height, width = _extent(stored, grid)
         pixels = torch.from_numpy(truth)[None, None].float()
-        canvas = torch.zeros(grid, dtype=torch.bool)
-        canvas[:height, :width] = F.interpolate(pixels, (height, width), mode="area")[0, 0] >= 0.5
+        canvas = torch.zeros(grid, dtype=torch.float16)
+        canvas[:height, :width] = F.interpolate(pixels, (height, width), mode="area")[0, 0]
         maps.append(canvas)
     return maps
 
@@ -269,6 +317,13 @@ def _inputs(found, device):
     return features.to(device), inside.to(device)
 
 
+def _shrunk(values, inside, factor):
+    """Average the image's cells in blocks of factor x factor; return them, and which hold image."""
+    share = F.avg_pool2d(inside, factor, ceil_mode=True)
+    summed = F.avg_pool2d(values * inside, factor, ceil_mode=True)
+    return summed / share.clamp(min=1e-6), (share > 0).float()
+
+
 @torch.inference_mode()
 def predict(head, found, batch_size=16):
     """Name embedded images.
@@ -283,19 +338,18 @@ def predict(head, found, batch_size=16):
     """
     head.eval()
     device, stored = next(head.parameters()).device, list(found.values())
-    logits = [
-        head(*_inputs(stored[start : start + batch_size], device))[1]
+    parts = [
+        head(*_inputs(stored[start : start + batch_size], device))
         for start in range(0, len(stored), batch_size)
     ]
-    return torch.softmax(torch.cat(logits), 1).cpu().numpy()
+    return torch.cat(parts).cpu().numpy()
 
 
 def save(head, path):
     """Write a head to a .safetensors file, which appears whole or not at all."""
     from safetensors.torch import save as to_bytes
 
-    shape = {"channels": head.enter[1].in_channels, "width": head.enter[1].out_channels}
-    described = {"head": json.dumps(shape | {"dropout": head.name[0].p})}
+    described = {"head": json.dumps(head.shape)}
     weights = {name: value.contiguous().cpu() for name, value in head.state_dict().items()}
     data.write_whole(path, to_bytes(weights, described))
 

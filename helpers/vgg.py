@@ -25,7 +25,7 @@ from helpers import augment, data, synthetic
 from helpers.sam import multiplies_bfloat16
 
 VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
-WRITE_EVERY = 60  # seconds between two states on disk, which take 1 GB each
+WRITE_EVERY = 300  # seconds between two states on disk, which take 2 GB each
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
 RATES = {"imagenet": 2e-5, "phantoms": 1e-4, "scratch": 1e-4}  # of AdamW, by the start
 CPU_SIZE = 96

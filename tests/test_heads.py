@@ -4,7 +4,7 @@ import torch
 
 from helpers import data, embeddings, heads, sam
 
-TINY = {"epochs": 2, "batch_size": 4, "width": 8, "views": 2}
+TINY = {"epochs": 2, "batch_size": 4, "width": 8, "views": 2, "members": 2}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def test_training_learns(segmenter, rows, folder):
 
 def test_padding_counts_for_nothing():
     torch.manual_seed(0)
-    head = heads.Head(4, 8, 0.0).eval()
+    member = heads.Member(4, 8, 0.0).eval()
     inside = torch.zeros(1, 1, 8, 8)
     inside[..., :5, :] = 1
     features = torch.randn(1, 4, 8, 8)
-    lesion, _ = head(features, inside)
+    lesion, _ = member(features, inside)
     assert (lesion[..., 5:, :] == heads.OUTSIDE).all()
     assert (lesion[..., :5, :] != heads.OUTSIDE).all()
 
@@ -79,6 +79,7 @@ def test_the_truth_lies_on_the_grid_as_in_the_image(segmenter, rows, folder):
     ("choices", "message"),
     [
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
+        ({"members": 0}, "members is 0; it must be 1 or more"),
         ({"width": 12}, "width is 12; it must be a multiple of 8"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be 0 or more, and below 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
@@ -117,3 +118,23 @@ def test_other_files_are_refused(tmp_path):
     for name in ("other", "broken"):
         with pytest.raises(ValueError, match=r"holds no head of helpers\.heads"):
             heads.load(tmp_path / f"{name}.safetensors")
+
+
+def test_padding_takes_no_part_when_cells_are_averaged():
+    values = torch.arange(9.0).reshape(1, 1, 3, 3)
+    inside = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0]])[None, None]
+    small, where = heads._shrunk(values, inside, 2)
+    np.testing.assert_allclose(small, [[[[(0 + 1 + 3) / 3, 0], [0, 0]]]], rtol=1e-6)
+    assert where.tolist() == [[[[1, 0], [0, 0]]]]
+
+
+def test_members_differ_and_decide_together(segmenter, rows, folder):
+    head, _ = heads.fit(segmenter, *rows, folder, **TINY)
+    inputs = heads._inputs(
+        list(embeddings.embed_rows(segmenter, rows[1], folder).values())[:2], "cpu"
+    )
+    with torch.inference_mode():
+        small = heads._shrunk(*inputs, head.shape["shrink"])
+        votes = [torch.softmax(member(*small)[1], 1) for member in head.members]
+        assert not torch.allclose(votes[0], votes[1])
+        torch.testing.assert_close(head(*inputs), (votes[0] + votes[1]) / 2)
