@@ -34,6 +34,23 @@ def test_a_run_is_repeatable_and_read_when_finished(segmenter, rows, folder, tmp
     assert afresh.drop(columns="seconds").equals(history.drop(columns="seconds"))
     assert history.best.sum() == 1
     assert history.val_loss[history.best].item() == history.val_loss.min()
+    labels = [data.LABELS.index(label) for label in rows[1].label]
+    loss = -np.log(heads.predict(head, found)[range(len(labels)), labels]).mean()
+    assert loss == pytest.approx(history.val_loss.min(), rel=1e-4)
+
+
+def test_other_images_encoders_and_choices_make_other_runs(segmenter, rows, folder, capsys):
+    train, val = rows
+    few = train.drop(train.index[train.label == "benign"][1:])
+    _, history = heads.fit(segmenter, few, val, folder, **TINY)
+    _, balanced = heads.fit(segmenter, few, val, folder, **TINY, balance=True)
+    assert balanced.train_loss[0] != history.train_loss[0]
+    heads.fit(segmenter, few, val.iloc[1:], folder, **TINY)
+    other = sam.load("tiny", "cpu")
+    with torch.no_grad():
+        next(other.network.model.vision_encoder.parameters()).add_(0.1)
+    heads.fit(other, few, val, folder, **TINY)
+    assert "finished before" not in capsys.readouterr().out
 
 
 def test_probabilities_do_not_hang_on_the_batch(segmenter, rows, folder):
@@ -47,8 +64,15 @@ def test_probabilities_do_not_hang_on_the_batch(segmenter, rows, folder):
 
 def test_training_learns(segmenter, rows, folder):
     choices = TINY | {"epochs": 25, "views": 1, "dropout": 0.0, "width": 16, "learning_rate": 1e-2}
-    _, history = heads.fit(segmenter, *rows, folder, **choices)
+    choices |= {"members": 1, "average": 0.5, "shrink": 1}
+    head, history = heads.fit(segmenter, *rows, folder, **choices)
     assert history.train_loss.iloc[-1] < 0.8 * history.train_loss.iloc[0]
+    lesions = data.lesions(rows[0])
+    found = list(embeddings.embed_rows(segmenter, lesions, folder).values())
+    truth = torch.stack(heads._maps(lesions, found, found[0].features.shape[1:], 0, 0)) > 0.5
+    with torch.inference_mode():
+        lesion = torch.sigmoid(head.members[0](*heads._inputs(found, "cpu"))[0][:, 0])
+    assert lesion[truth].mean() > 1.5 * lesion[~truth].mean()  # the map was learnt, and is averaged
 
 
 def test_padding_counts_for_nothing():
@@ -73,6 +97,11 @@ def test_the_truth_lies_on_the_grid_as_in_the_image(segmenter, rows, folder):
         assert not small[height:].any()
         assert not small[:, width:].any()
         assert float(small[:height, :width].float().mean()) == pytest.approx(truth.mean(), abs=0.1)
+    # Of a mirrored view the truth is mirrored, too.
+    mirrored = heads._maps(lesions, list(found.values()), grid, 1, 0)
+    for stored, small, other in zip(found.values(), maps, mirrored):
+        height, width = heads._extent(stored, grid)
+        torch.testing.assert_close(other[:height, :width], small[:height, :width].flip(1))
 
 
 @pytest.mark.parametrize(
@@ -122,10 +151,10 @@ def test_other_files_are_refused(tmp_path):
 
 def test_padding_takes_no_part_when_cells_are_averaged():
     values = torch.arange(9.0).reshape(1, 1, 3, 3)
-    inside = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0]])[None, None]
+    inside = torch.tensor([[1.0, 1, 1], [1, 0, 0], [0, 0, 0]])[None, None]
     small, where = heads._shrunk(values, inside, 2)
-    np.testing.assert_allclose(small, [[[[(0 + 1 + 3) / 3, 0], [0, 0]]]], rtol=1e-6)
-    assert where.tolist() == [[[[1, 0], [0, 0]]]]
+    np.testing.assert_allclose(small, [[[[(0 + 1 + 3) / 3, 2], [0, 0]]]], rtol=1e-6)
+    assert where.tolist() == [[[[1, 1], [0, 0]]]]
 
 
 def test_members_differ_and_decide_together(segmenter, rows, folder):

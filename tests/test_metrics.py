@@ -213,6 +213,16 @@ def test_missing_class_is_said():
     assert np.isnan(scores["macro_auc"])
     assert np.isnan(scores["sensitivity"])
     assert scores["accuracy"] == scores["balanced_accuracy"] == 1
+    with pytest.warns(UserWarning, match="no image is normal or benign"):
+        scores = metrics.classification([[0.1, 0.3, 0.6]], ["malignant"])
+    assert scores["sensitivity"] == 1
+    assert np.isnan(scores["specificity"])
+
+
+def test_certainty_has_a_bin_of_its_own():
+    scores = metrics.classification([[0, 1, 0], [0.05, 0.85, 0.1], [1, 0, 0]], data.LABELS)
+    # 0.85 is right; both that are certain are wrong.
+    assert scores["calibration_error"] == pytest.approx((0.15 + 2) / 3)
 
 
 def test_bad_classification_input():
@@ -295,6 +305,15 @@ def test_class_summary_gives_each_metric_with_its_interval(classes):
     assert table.low.accuracy < table["mean"].accuracy < table.high.accuracy
     again = metrics.class_summary(probabilities, rows, resamples=200).set_index("metric")
     assert again.equals(table)
+
+
+def test_class_summary_is_of_95_percent():
+    rows = pd.DataFrame({"label": data.LABELS * 100, "group": range(300)})
+    said = np.where(np.arange(300) < 150, [0, 1, 2] * 100, [1, 2, 0] * 100)
+    table = metrics.class_summary(np.eye(3)[said], rows).set_index("metric")
+    assert table["mean"].accuracy == 0.5
+    assert table.low.accuracy == pytest.approx(0.5 - 1.96 * 0.5 / 300**0.5, abs=0.006)
+    assert table.high.accuracy == pytest.approx(0.5 + 1.96 * 0.5 / 300**0.5, abs=0.006)
 
 
 def test_class_summary_draws_groups_and_not_images(classes):

@@ -12,8 +12,8 @@ def test_solidity_of_known_shapes():
     ell[5:15, 15:25] = False  # three quarters of the square; its hull cuts the corner off
     assert outline.solidity(ell) == pytest.approx(300 / 350, abs=0.03)
     assert np.isnan(outline.solidity(np.zeros((4, 4), bool)))
-    line = np.zeros((5, 5), bool)
-    line[2] = True
+    line = np.zeros((5, 9), bool)
+    line[4, 2:] = True
     assert outline.solidity(line) == pytest.approx(1)
 
 
@@ -36,6 +36,13 @@ def test_the_outline_names_the_class(index):
     probabilities = outline.predict(judge, index, found)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert np.array(data.LABELS)[probabilities.argmax(axis=1)].tolist() == index.label.tolist()
+
+
+def test_benign_and_malignant_weigh_the_same(index):
+    rows = index[index.label != "normal"].iloc[:10]  # eight benign, two malignant
+    same = {name: np.ones((8, 8), bool) for name in rows.image_id}
+    probabilities = outline.predict(outline.fit(rows, same), rows, same)
+    np.testing.assert_allclose(probabilities, [[0, 0.5, 0.5]] * len(rows), atol=1e-3)
 
 
 def test_one_kind_of_outline_is_not_enough(index):

@@ -71,7 +71,7 @@ def filled(index, tmp_path_factory):
         rows = data.split(index, grouped=grouped)
         scores = metrics.score(rows, prompts.empty_masks(rows))
         scores.loc[scores.label != "normal", "dice"] = 0.7 if grouped else 0.75
-        scores.loc[scores.label == "normal", "dice"] = [1.0, 0.0] * 4
+        scores.loc[scores.label == "normal", "dice"] = [1.0, 1.0, 1.0, 0.0] * 2
         run = {"seconds": 1, "path": path, "details": {"training": kept}}
         results.save(scores, rows, model="U-Net, reference recipe", prompt="none", **run)
         truth = np.eye(3)[[data.LABELS.index(label) for label in rows.label]]
@@ -82,7 +82,7 @@ def filled(index, tmp_path_factory):
 
 def test_false_alarms_stand_in_the_table(filled):
     rows, _ = filled
-    assert tables.table(rows)["False alarms"].tolist() == ["50%"]
+    assert tables.table(rows)["False alarms"].tolist() == ["25%"]
     assert tables.table(rows).Dice.tolist() == ["0.700 [0.700, 0.700]"]
 
 
@@ -96,6 +96,11 @@ def test_the_random_split_stands_beside_the_grouped_one(filled):
     rows, everything = filled
     table = tables.leakage_table(everything, source="synthetic")
     assert table.Difference.tolist() == ["+0.050", "+0.000"]
+    other_fold = everything.assign(fold=1)
+    part = everything.assign(images=3)
+    for foreign in (other_fold, part):
+        both = pd.concat([everything, foreign], ignore_index=True)
+        assert tables.leakage_table(both, source="synthetic").equals(table)
     assert table.Score.tolist() == ["Dice", "accuracy"]
     assert tables.leakage_table(everything[everything.split == "grouped"], source="synthetic").empty
 
@@ -113,9 +118,10 @@ def test_what_is_missing_names_its_notebook(filled):
     lacking = tables.missing(rows)
     assert len(lacking) == len(tables.EXPECTED) - 2
     assert "03_medsam.ipynb" in lacking.notebook.tolist()
-    said = tables.conclusion(rows, everything)
+    worse = rows.assign(model="another", score=rows.score - 0.1)
+    said = tables.conclusion(pd.concat([worse, rows], ignore_index=True), everything)
     assert "U-Net, reference recipe outlines best: Dice **0.700**" in said
-    assert "on 50% of the normal ones" in said
+    assert "on 25% of the normal ones" in said
     assert "VGG-16 names best: accuracy **1.000**" in said
     assert "scores +0.050 Dice against the grouped one" in said
     assert "Missing: released weights, ground-truth box; run 03_medsam.ipynb." in said

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers import data, vgg
 
@@ -129,8 +130,44 @@ def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys):
 
 def test_training_learns(rows, tmp_path):
     choices = TINY | {"size": 64, "epochs": 40, "augment": False, "learning_rate": 0.1}
-    _, history = vgg.fit(*rows, folder=tmp_path, **choices)
+    network, history = vgg.fit(*rows, folder=tmp_path, **choices)
     assert history.train_loss.min() < 0.8 * history.train_loss.iloc[0]
+    found = torch.from_numpy(vgg.predict(network, vgg.pictures(rows[1], 64)))
+    labels = torch.tensor([data.LABELS.index(label) for label in rows[1].label])
+    assert not history.best.iloc[-1]
+    assert float(F.nll_loss(found.log(), labels)) == pytest.approx(
+        history.val_loss[history.best].item(), rel=1e-4
+    )
+
+
+def test_each_class_weighs_the_same_and_the_rate_falls(rows, tmp_path):
+    train = rows[0].drop(rows[0].index[rows[0].label == "benign"][1:])
+    run = vgg._Run(train, rows[1], None, tmp_path, vgg.Choices(**TINY))
+    run.train()
+    counts = train.label.value_counts()
+    torch.testing.assert_close(
+        run.weight * torch.tensor([counts[label] for label in data.LABELS]),
+        torch.full((3,), len(train) / 3),
+    )
+    assert run.optimizer.param_groups[0]["lr"] < 0.2 * TINY["learning_rate"]
+    _, even = vgg.fit(train, rows[1], folder=tmp_path, **TINY | {"balance": False})
+    assert even.train_loss[0] != run.history[0]["train_loss"]
+
+
+def test_augmentation_and_imagenet_weights_are_choices(rows, tmp_path, monkeypatch):
+    picture = vgg.pictures(rows[0].head(1), 32)[0]
+    for augment in (True, False):
+        run = vgg._Run(*rows, None, tmp_path, vgg.Choices(**TINY | {"augment": augment}))
+        assert np.array_equal(run._view(picture, 1, 0), picture) != augment
+    monkeypatch.setattr(vgg, "build", lambda pretrained, width, seed: pretrained)
+    run = vgg._Run(*rows, None, tmp_path, vgg.Choices(weights="imagenet"))
+    assert run._start() is True
+
+
+def test_pixels_are_normalised_as_for_imagenet():
+    white = vgg._normalise(np.full((1, 2, 2, 3), 255, np.uint8), "cpu")
+    expected = [(1 - mean) / sd for mean, sd in zip(vgg.MEAN, vgg.SD)]
+    np.testing.assert_allclose(white[0, :, 0, 0], expected, rtol=1e-5)
 
 
 def test_predictions_are_probabilities(rows):
@@ -149,6 +186,18 @@ def test_grad_cam_maps_each_picture(rows):
     assert 0 <= maps.min() <= maps.max() <= 1
     assert said == [data.LABELS[k] for k in before.argmax(axis=1)]
     np.testing.assert_allclose(vgg.predict(network, pictures), before, rtol=1e-6)
+
+
+def test_grad_cam_is_of_the_class_that_is_said(rows):
+    network = vgg.build(width=4)
+    last = network.classifier[-1]
+    with torch.no_grad():
+        last.weight[:2] = 0  # these classes hang on no picture
+        last.weight[2] = 1
+        last.bias[2] = 9
+    maps, said = vgg.explain(network, vgg.pictures(rows[1], 64)[:2])
+    assert said == ["malignant"] * 2
+    assert (maps.std(axis=(1, 2)) > 0).all()
 
 
 def test_views_start_with_the_picture_itself(rows):
