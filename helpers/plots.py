@@ -408,13 +408,14 @@ def move_circle(enabled=True):
     """
     if not enabled:
         return None
+    from IPython.display import display
     from ipywidgets import interactive
 
     from helpers import metrics
 
     def draw(shift=12, radius=30):
         truth, predicted = metrics.circle(), metrics.circle(shift, radius)
-        return circles(truth, predicted, metrics.segmentation(predicted, truth))
+        display(circles(truth, predicted, metrics.segmentation(predicted, truth)))
 
     return interactive(draw, shift=(-80, 80), radius=(5, 60))
 

@@ -81,6 +81,24 @@ def test_augmentation_moves_image_and_mask_alike():
         assert 0.5 * 320 < mask.sum() < 2 * 320  # scaled by at most a quarter, up or down
 
 
+def test_half_of_the_images_are_mirrored():
+    ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32)[:, None], (64, 64, 1, 1))  # rises with x
+    choices = unet.Choices(size=64, batch_size=64, augment=0.5)
+    images, _ = unet._augmented(ramp, ramp, choices, 0)
+    falling = images.numpy()[:, 32, 20, 0] > images.numpy()[:, 32, 44, 0]
+    assert 0.25 < falling.mean() < 0.75
+
+
+def test_the_reference_loss_is_the_mean_squared_error():
+    choices = unet.Choices(size=32, width=2)
+    network = unet.build(choices)
+    unet.compile_network(network, choices, 1)
+    zero = np.zeros((1, 32, 32, 1), np.float32)
+    found = network.predict(zero, verbose=0)
+    loss = network.evaluate(zero, found + 0.5, verbose=0, return_dict=True)["loss"]
+    assert loss == pytest.approx(0.25, rel=1e-4)
+
+
 def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch):
     choices = OURS | {"epochs": 3, "average": 0.9}
     network, history = unet.fit(*rows, tmp_path / "whole", **choices)
