@@ -34,9 +34,6 @@ def test_a_run_is_repeatable_and_read_when_finished(segmenter, rows, folder, tmp
     assert afresh.drop(columns="seconds").equals(history.drop(columns="seconds"))
     assert history.best.sum() == 1
     assert history.val_loss[history.best].item() == history.val_loss.min()
-    labels = [data.LABELS.index(label) for label in rows[1].label]
-    loss = -np.log(heads.predict(head, found)[range(len(labels)), labels]).mean()
-    assert loss == pytest.approx(history.val_loss.min(), rel=1e-4)
 
 
 def test_other_images_encoders_and_choices_make_other_runs(segmenter, rows, folder, capsys):
@@ -67,12 +64,29 @@ def test_training_learns(segmenter, rows, folder):
     choices |= {"members": 1, "average": 0.5, "shrink": 1}
     head, history = heads.fit(segmenter, *rows, folder, **choices)
     assert history.train_loss.iloc[-1] < 0.8 * history.train_loss.iloc[0]
+    assert not history.best.iloc[-1]
+    found = embeddings.embed_rows(segmenter, rows[1], folder)
+    labels = [data.LABELS.index(label) for label in rows[1].label]
+    loss = -np.log(heads.predict(head, found)[range(len(labels)), labels]).mean()
+    assert loss == pytest.approx(history.val_loss.min(), rel=1e-4)
     lesions = data.lesions(rows[0])
     found = list(embeddings.embed_rows(segmenter, lesions, folder).values())
     truth = torch.stack(heads._maps(lesions, found, found[0].features.shape[1:], 0, 0)) > 0.5
     with torch.inference_mode():
         lesion = torch.sigmoid(head.members[0](*heads._inputs(found, "cpu"))[0][:, 0])
     assert lesion[truth].mean() > 1.5 * lesion[~truth].mean()  # the map was learnt, and is averaged
+
+
+def test_the_learning_rate_rises_first(segmenter, rows, folder):
+    found = list(embeddings.embed_rows(segmenter, rows[0], folder).values())
+    grid = found[0].features.shape
+    choices = heads.Choices(**TINY | {"epochs": 8, "views": 1})
+    run = heads._Run(grid[0], choices, 0, len(found), segmenter.device)
+    labels = torch.tensor([data.LABELS.index(label) for label in rows[0].label])
+    maps = heads._maps(rows[0], found, grid[1:], 0, 0)
+    before = run.optimizer.param_groups[0]["lr"]
+    run.epoch(1, [found], [maps], labels, None, False)
+    assert run.optimizer.param_groups[0]["lr"] > 2 * before
 
 
 def test_padding_counts_for_nothing():

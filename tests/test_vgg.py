@@ -140,6 +140,14 @@ def test_training_learns(rows, tmp_path):
     )
 
 
+def test_epochs_are_judged_on_the_validation_images(rows, tmp_path, monkeypatch):
+    judged, logits = [], vgg._logits
+    monkeypatch.setattr(vgg, "_logits", lambda *given: judged.append(given[1]) or logits(*given))
+    vgg.fit(*rows, folder=tmp_path, **TINY)
+    assert len(judged) == TINY["epochs"]
+    assert np.array_equal(judged[0], vgg.pictures(rows[1], TINY["size"]))
+
+
 def test_each_class_weighs_the_same_and_the_rate_falls(rows, tmp_path):
     train = rows[0].drop(rows[0].index[rows[0].label == "benign"][1:])
     run = vgg._Run(train, rows[1], None, tmp_path, vgg.Choices(**TINY))
