@@ -582,7 +582,7 @@ def calibration(probabilities_by_name, rows, bins=5):
 
 
 def heat(images, maps, captions, title, rows, columns=3):
-    """Images under a heat map, such as Grad-CAM's.
+    """Images under a heat map, such as Grad-CAM's: from nothing over red to yellow.
 
     Args:
         images: uint8 (H, W, 3) each.
@@ -595,7 +595,7 @@ def heat(images, maps, captions, title, rows, columns=3):
     figure, cells = _grid(len(images), columns)
     for cell, image, found, caption in zip(cells, images, maps, captions):
         cell.imshow(image)
-        cell.imshow(found, cmap="magma", alpha=0.45, vmin=0, vmax=1)
+        cell.imshow(found, cmap="autumn", alpha=0.6 * found, vmin=0, vmax=1)
         cell.set_title(caption, fontsize=9)
     return _finish(figure, rows, title)
 

@@ -415,7 +415,7 @@ def explain(network, pictures):
 
     Returns:
         (float32 (N, size, size) in 0..1, large where the last convolution speaks for the most
-        probable class; the names of these classes).
+        probable class, 0 where it says nothing or the opposite; the names of these classes).
     """
     from monai.visualize import GradCAM
 
@@ -425,12 +425,15 @@ def explain(network, pictures):
             module.inplace = False  # writing in place would spoil the gradients
     device = next(network.parameters()).device
     said = _logits(network, pictures).argmax(1).tolist()
-    cam = GradCAM(network, target_layers="features.29")
+    # MONAI's own postprocessing turns the scale round: its 0 is the largest.
+    cam = GradCAM(network, target_layers="features.29", postprocessing=lambda found: found)
     maps = [
         cam(_normalise(picture[None], device), class_idx=k)[0, 0].detach().cpu().numpy()
         for picture, k in zip(pictures, said)
     ]
-    return np.stack(maps), [data.LABELS[k] for k in said]
+    return np.stack([found / max(found.max(), 1e-12) for found in maps]), [
+        data.LABELS[k] for k in said
+    ]
 
 
 def save(network, path):

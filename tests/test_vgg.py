@@ -196,6 +196,26 @@ def test_grad_cam_maps_each_picture(rows):
     np.testing.assert_allclose(vgg.predict(network, pictures), before, rtol=1e-6)
 
 
+def test_grad_cam_is_large_where_the_class_is_found(rows):
+    torch.manual_seed(0)
+    network = vgg.build(width=8).eval()
+    picture = vgg.pictures(rows[1], 96)[:1]
+    [found], [said] = vgg.explain(network, picture)
+    kept = {}
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        kept["features"] = output
+
+    network.features[29].register_forward_hook(keep)
+    network(vgg._normalise(picture, "cpu"))[0, data.LABELS.index(said)].backward()
+    weights = kept["features"].grad.mean(dim=(2, 3), keepdim=True)
+    expected = F.relu((weights * kept["features"]).sum(dim=1, keepdim=True))
+    expected = F.interpolate(expected, (96, 96), mode="bilinear")[0, 0].detach().numpy()
+    assert expected.max() > 0
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.99
+
+
 def test_grad_cam_is_of_the_class_that_is_said(rows):
     network = vgg.build(width=4)
     last = network.classifier[-1]
