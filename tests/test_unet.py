@@ -125,17 +125,12 @@ def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch
 
 
 def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys):
-    choices = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1, "learning_rate": 1e-30}
+    choices = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1}
     network, _ = unet.fit(*rows, tmp_path, **choices)
     assert "synthetic images, then the training images" in capsys.readouterr().out
-    random = unet.build(unet.Choices(**TINY))
-    moved = [np.abs(a - b).max() for a, b in zip(network.get_weights(), random.get_weights())]
-    assert max(moved) < 1e-20  # a learning rate of nothing leaves both runs at the random weights
-    again = choices | {"learning_rate": 1e-3}
-    network, _ = unet.fit(*rows, tmp_path, **again)
-    alone, _ = unet.fit(*rows, tmp_path, **again | {"phantoms": 0})
+    alone, _ = unet.fit(*rows, tmp_path, **choices | {"phantoms": 0})
     assert not np.allclose(network.get_weights()[0], alone.get_weights()[0])
-    unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **again)  # other rows, the same phantoms
+    unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **choices)  # other rows, the same phantoms
     assert "finished before" in capsys.readouterr().out
 
 
@@ -257,11 +252,15 @@ def test_the_torch_backend_trains_too(phantom, tmp_path):
 ORDERS = ("torch, helpers.unet", "helpers.unet, torch", "tensorflow, helpers.unet, torch")
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_torch_and_tensorflow_live_in_one_process(order):
-    code = f"import {order}, torch._dynamo; import tensorflow, monai.losses, transformers; "
+def test_torch_and_tensorflow_live_in_one_process():
+    code = "import {}, torch._dynamo; import tensorflow, monai.losses, transformers; "
     code += "print(float(tensorflow.ones(2)[0] + torch.ones(2)[0].item()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, "2.0"), done.stderr
-    if "unet" in order.partition(",")[0]:
-        assert done.stderr == ""  # TensorFlow's start-up notes are held back
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code.format(order)], **pipes) for order in ORDERS
+    ]
+    for order, process in zip(ORDERS, running):
+        said, warned = process.communicate()
+        assert (process.returncode, said.strip()) == (0, "2.0"), (order, warned)
+        if "unet" in order.partition(",")[0]:
+            assert warned == ""  # TensorFlow's start-up notes are held back
