@@ -427,13 +427,14 @@ def explain(network, pictures):
     said = _logits(network, pictures).argmax(1).tolist()
     # MONAI's own postprocessing turns the scale round: its 0 is the largest.
     cam = GradCAM(network, target_layers="features.29", postprocessing=lambda found: found)
-    maps = [
-        cam(_normalise(picture[None], device), class_idx=k)[0, 0].detach().cpu().numpy()
-        for picture, k in zip(pictures, said)
-    ]
-    return np.stack([found / max(found.max(), 1e-12) for found in maps]), [
-        data.LABELS[k] for k in said
-    ]
+    maps = np.stack(
+        [
+            cam(_normalise(picture[None], device), class_idx=k)[0, 0].detach().cpu().numpy()
+            for picture, k in zip(pictures, said)
+        ]
+    )
+    largest = maps.max(axis=(1, 2), keepdims=True)
+    return maps / np.maximum(largest, 1e-12), [data.LABELS[k] for k in said]
 
 
 def save(network, path):
