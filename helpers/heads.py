@@ -155,8 +155,9 @@ def fit(segmenter, train, val, folder="", **choices):
 
     Returns:
         (Head, DataFrame). The frame has one row per epoch from 1: `epoch`, `train_loss` and `val_loss`
-        (cross entropy of the classes, each class weighing the same in training), `train_accuracy`
-        and `val_accuracy`, `seconds`, `best` (True for the epoch that is kept) and `source`.
+        (cross entropy of the classes; with `balance` the training loss is weighed), `train_accuracy`
+        and `val_accuracy`, `seconds`, `best` (True for the epoch that is kept) and `source`. What is
+        of training is the members' mean, what is of validation that of their common decision.
 
     Raises:
         ValueError: an unknown choice, a class that `train` lacks, groups that lie in both sets.
@@ -207,7 +208,7 @@ def _train(segmenter, train, val, folder, choices):
             _Run(channels, choices, number, len(labels), device)
             for number in range(choices.members)
         ]
-    head = Head(channels, choices.width, choices.dropout, choices.shrink, choices.members)
+        head = Head(channels, choices.width, choices.dropout, choices.shrink, choices.members)
     head.members = nn.ModuleList(run.averaged.module for run in runs)
     history, best = [], None
     for epoch in tqdm(range(1, choices.epochs + 1), "training", unit="epoch", file=sys.stdout):

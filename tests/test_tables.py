@@ -13,6 +13,7 @@ def save(run, path, **changes):
 def test_committed_results_are_of_one_test_fold():
     frame = results.select(results.load_all())
     assert (frame.groupby("images").signature.nunique() == 1).all()
+    assert frame.signature.nunique() == 2  # with the normal images, and without
     assert {"none", "ground-truth box", "jittered box"} <= set(frame.prompt)
     assert set(frame[frame.model == results.ELLIPSE].prompt) == set(results.PROMPTS[2:])
 

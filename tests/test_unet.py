@@ -124,14 +124,27 @@ def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys):
+def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys, monkeypatch):
+    started, compile_network = [], unet.compile_network
+
+    def spy(network, *rest):
+        started.append(network.get_weights())
+        compile_network(network, *rest)
+
+    monkeypatch.setattr(unet, "compile_network", spy)
     choices = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1}
-    network, _ = unet.fit(*rows, tmp_path, **choices)
+    unet.fit(*rows, tmp_path, **choices)
     assert "synthetic images, then the training images" in capsys.readouterr().out
-    alone, _ = unet.fit(*rows, tmp_path, **choices | {"phantoms": 0})
-    assert not np.allclose(network.get_weights()[0], alone.get_weights()[0])
+    random = unet.build(unet.Choices(**TINY)).get_weights()
+    learnt = unet._learn_from_phantoms(unet.Choices(**choices), tmp_path).get_weights()
+    assert "finished before" in capsys.readouterr().out
+    assert all(map(np.array_equal, started[0], random))
+    assert all(map(np.array_equal, started[1], learnt))
+    assert not np.allclose(started[1][0], random[0])
     unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **choices)  # other rows, the same phantoms
     assert "finished before" in capsys.readouterr().out
+    assert all(map(np.array_equal, started[2], learnt))
+    assert len(started) == 3
 
 
 def test_a_finished_run_is_read(rows, tmp_path, capsys):
@@ -155,9 +168,10 @@ def test_half_precision_trains_and_predicts_in_full(rows, tmp_path, precision):
 
 
 def test_training_learns(rows, tmp_path):
-    choices = OURS | {"epochs": 10, "width": 4, "augment": 0.0, "learning_rate": 1e-2}
+    choices = OURS | {"epochs": 30, "width": 4, "augment": 0.0, "learning_rate": 1e-2}
     _, history = unet.fit(*rows, tmp_path, **choices)
-    assert history.train_loss.iloc[-1] < 0.9 * history.train_loss.iloc[0]
+    assert history.train_loss.iloc[-1] < 0.8 * history.train_loss.iloc[0]
+    assert history.train_dice.iloc[-1] > history.train_dice.iloc[0]
 
 
 def test_dice_counts_two_empty_masks_as_agreement():
@@ -188,7 +202,9 @@ def test_prediction_is_a_probability_at_the_images_own_size(rows):
         unet.predict(network, image[:, ::-1], True)[:, ::-1], found, atol=1e-5
     )
     masks = unet.predict_masks(network, rows[1], mirror=True)
-    assert (masks[rows[1].image_id.iloc[0]] == (found > 0.5)).mean() > 0.999
+    clear = np.abs(found - 0.5) > 1e-5  # a batch rounds otherwise than an image alone
+    assert clear.any()
+    assert np.array_equal(masks[rows[1].image_id.iloc[0]][clear], found[clear] > 0.5)
 
 
 def test_images_smaller_than_the_stride_are_enlarged():
