@@ -15,6 +15,13 @@ Where to look:
 | `unet` | a U-Net in Keras: build, train, predict |
 | `vgg` | VGG-16: build, train, predict, explain |
 | `heads` | a lesion map and the class from cached embeddings |
+| `frames` | read any frame, PNG, JPEG or DICOM, and say what makes it unfit |
+| `finder` | find the lesion without a box: a lesion map and the class from pixels and embedding |
+| `diagnosis` | from the predicted outline to calibrated probabilities and "uncertain" |
+| `pipeline` | the parts together: `load()`, `.segment`, `.report`, and the command line |
+| `crossfit` | train a pipeline on the folds that are not the test fold |
+| `findings` | what a pipeline finds on an index, and how that is judged |
+| `degrade` | a frame as another scanner would show it |
 | `outline` | what the outline alone gives away about the class |
 | `metrics` | segmentation and classification scores, a rule for every empty case, intervals |
 | `results` | one JSON per model and run: written, read, selected |

@@ -65,7 +65,7 @@ def find_busi(root=None):
     except Exception as error:  # kagglehub raises many kinds: no network, no access, disk full
         raise FileNotFoundError(
             "BUSI was not found: no root was given, $BUSI_DIR is not set, and the download through "
-            f"kagglehub failed ({type(error).__name__}: {_first_line(error)}). Download "
+            f"kagglehub failed ({type(error).__name__}: {first_line(error)}). Download "
             f"https://www.kaggle.com/datasets/{KAGGLE_HANDLE.partition('/versions')[0]} and set "
             f"BUSI_DIR to the folder that holds {DATASET_FOLDER}."
         ) from error
@@ -87,7 +87,7 @@ def _dataset_folder(root, source):
     )
 
 
-def _first_line(error):
+def first_line(error):
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
@@ -295,6 +295,25 @@ def load_busbra(root):
     return index
 
 
+def external(split, limit=0):
+    """Return the rows of an external test: BUS-BRA's, or those of the test fold where it is not given.
+
+    Says in print which, and why.
+
+    Args:
+        split: DataFrame from `split`.
+        limit: as for `scored`.
+
+    Raises:
+        FileNotFoundError: $BUSBRA_DIR is set, and BUS-BRA is not there.
+    """
+    root = os.environ.get("BUSBRA_DIR")
+    if not root:
+        print("BUSBRA_DIR is not set: the test fold takes the place of an external test")
+        return scored(split, "test", limit)
+    return scored(load_busbra(root).assign(subset="test", split="external"), "test", limit)
+
+
 def _either(root, *names):
     for name in names:
         if (root / name).is_dir():
@@ -356,7 +375,7 @@ def _open(path, pixels=True):
         raise FileNotFoundError(f"no image file {path}; fetch the data set again") from None
     except (OSError, SyntaxError) as error:  # Pillow's errors for a foreign or a cut-off file
         raise ValueError(
-            f"{path} is not a whole image ({_first_line(error)}); fetch it again"
+            f"{path} is not a whole image ({first_line(error)}); fetch it again"
         ) from error
     if deep or image.mode.startswith("I") or image.mode == "F":
         raise ValueError(

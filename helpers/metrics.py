@@ -6,6 +6,7 @@ here is what they leave open: what an empty mask is worth, and what counts as on
 
 import warnings
 
+import cv2
 import numpy as np
 import pandas as pd
 
@@ -116,6 +117,54 @@ def score(rows, masks, surface=True):
     ]
     columns = rows[["image_id", "label", "group", "source"]]
     return columns.join(pd.DataFrame(scores, index=rows.index))
+
+
+def detection(rows, masks, overlap=0.5):
+    """Count lesions found and alarms, lesion by lesion.
+
+    A lesion, which is a connected part of the truth, is found where a predicted part has at least
+    `overlap` in IoU with it; a predicted part that finds none is a false alarm.
+
+    Args:
+        rows: rows of an index.
+        masks: dict from image_id to list of bool (H, W), one per predicted lesion.
+        overlap: least IoU.
+
+    Returns:
+        DataFrame, one row per image: `image_id`, `label`, `group`, `lesions`, `found` and
+        `false_alarms`.
+    """
+    lines = []
+    for row in rows.itertuples():
+        truth = data.read_truth(row).astype(np.uint8)
+        count, parts = cv2.connectedComponents(truth, connectivity=8)
+        hits = np.array(
+            [
+                [
+                    (mask & (parts == part)).sum() / (mask | (parts == part)).sum() >= overlap
+                    for mask in masks[row.image_id]
+                ]
+                for part in range(1, count)
+            ],
+            dtype=bool,
+        ).reshape(count - 1, len(masks[row.image_id]))
+        line = {"image_id": row.image_id, "label": row.label, "group": row.group}
+        line |= {"lesions": count - 1, "found": int(hits.any(axis=1).sum())}
+        lines.append(line | {"false_alarms": int((~hits.any(axis=0)).sum())})
+    return pd.DataFrame(lines)
+
+
+def detection_summary(found):
+    """Sum `detection` up: dict of lesion-level `sensitivity`, and false alarms per image of each kind.
+
+    What no image can tell is NaN.
+    """
+    lesion, normal = found[found.label != "normal"], found[found.label == "normal"]
+    return {
+        "sensitivity": lesion.found.sum() / lesion.lesions.sum() if len(lesion) else np.nan,
+        "false_alarms_per_lesion_image": lesion.false_alarms.mean(),
+        "false_alarms_per_normal_image": normal.false_alarms.mean(),
+    }
 
 
 def summary(scores, metrics=SEGMENTATION, seed=0):

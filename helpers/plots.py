@@ -6,7 +6,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart.
 import matplotlib.pyplot as plt
 import numpy as np
 
-from helpers import data
+from helpers import data, degrade, findings
 from helpers.results import FROM_THE_TRUTH, INPUTS, PROMPTS
 
 LABEL_COLOURS = {"normal": "#0072B2", "benign": "#009E73", "malignant": "#D55E00"}
@@ -598,6 +598,159 @@ def heat(images, maps, captions, title, rows, columns=3):
         cell.imshow(found, cmap="autumn", alpha=0.6 * found, vmin=0, vmax=1)
         cell.set_title(caption, fontsize=9)
     return _finish(figure, rows, title)
+
+
+def failures(failed, found, title, columns=4):
+    """Failed outlines beside the truth, each with its cause and Dice.
+
+    Args:
+        failed: DataFrame from `helpers.findings.failures`.
+        found: dict from image_id to helpers.pipeline.Finding.
+        title: of the figure.
+        columns: images side by side.
+    """
+    if not len(failed):
+        return None
+    masks = {name: found[name].mask for name in failed.image_id}
+    figure = outlines(failed, masks, title, columns=columns)
+    for cell, row in zip(figure.axes, failed.itertuples()):
+        cell.set_title(f"{row.image_id}: {row.cause}, Dice {row.dice:.2f}", fontsize=8)
+    return figure
+
+
+def confidence_curve(table, rows, title="Does the pipeline know when it is wrong?"):
+    """Two panels: expected against true Dice, and mean Dice of the surest share of the images.
+
+    Args:
+        table: DataFrame from `helpers.findings.confidence`.
+        rows: rows of the index, for the title.
+        title: of the figure.
+    """
+    figure, (dots, curve) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for label, part in table.groupby("label"):
+        dots.scatter(part.expected, part.dice, s=16, color=LABEL_COLOURS[label], label=label)
+    dots.plot([0, 1], [0, 1], color="#999999", linestyle="--", linewidth=1)
+    dots.set(xlabel="expected Dice", ylabel="Dice", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    dots.legend(frameon=False)
+    curve.plot(table.kept, table.mean_dice, color=PREDICTION)
+    curve.set(xlabel="share of lesion images kept, the surest first", ylabel="their mean Dice")
+    curve.set(xlim=(0, 1), ylim=(0, 1.02))
+    return _finish(figure, rows, title)
+
+
+def uncertainty(row, finding):
+    """Three panels: the frame with outline and truth, probability per pixel, uncertainty per pixel.
+
+    Args:
+        row: of an index.
+        finding: helpers.pipeline.Finding of its image.
+    """
+    figure, cells = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    image, share = data.read_image(row.image_path), finding.probability
+    for cell in cells:
+        cell.set_axis_off()
+    cells[0].imshow(image)
+    _contour(cells[0], data.read_truth(row), TRUTH)
+    _contour(cells[0], finding.mask, PREDICTION)
+    cells[0].set_title("truth (green) and outline", fontsize=9)
+    panels = (share, "probability of lesion"), (4 * share * (1 - share), "uncertainty, 4 p (1 - p)")
+    for cell, (values, caption) in zip(cells[1:], panels):
+        shown = cell.imshow(values, cmap="magma", vmin=0, vmax=1)
+        figure.colorbar(shown, ax=cell, shrink=0.8)
+        cell.set_title(caption, fontsize=9)
+    sure = ", ".join(f"{value:.2f}" for value in finding.confidence) or "none"
+    return _finish(figure, row, f"{row.image_id}, expected Dice {sure}")
+
+
+def degradations(image, mask, row):
+    """The frame at every level of every degradation, with its truth."""
+    kinds, levels = degrade.KINDS, degrade.LEVELS
+    figure, cells = plt.subplots(
+        len(kinds), len(levels), figsize=(11, 10), layout="constrained", squeeze=False
+    )
+    for line, kind in zip(cells, kinds):
+        for cell, level in zip(line, levels):
+            changed, truth = degrade.apply(image, mask, kind, level, row.image_id)
+            cell.imshow(changed, aspect="auto")
+            _contour(cell, truth, TRUTH)
+            cell.set_axis_off()
+            cell.set_title(f"{kind}, level {level}", fontsize=8)
+    return _finish(figure, row, row.image_id)
+
+
+def degradation_curves(table, rows, seed=0):
+    """Mean Dice against the level of each degradation, with 95 % intervals.
+
+    Args:
+        table: DataFrame from `helpers.findings.degraded`.
+        rows: rows of the index, for the title.
+        seed: of the bootstrap.
+    """
+    kinds = list(table.kind.unique())
+    figure, cells = plt.subplots(
+        2, -(-len(kinds) // 2), figsize=(10, 5.4), layout="constrained", sharex=True, sharey=True
+    )
+    for cell in cells.flat[len(kinds) :]:
+        cell.set_axis_off()
+    for cell, kind in zip(cells.flat, kinds):
+        means = findings.by(table[table.kind == kind], "level", seed)
+        cell.plot(means.level, means.dice, color=PREDICTION, marker="o")
+        cell.fill_between(means.level, means.low, means.high, color=PREDICTION, alpha=0.2)
+        cell.set_title(kind, fontsize=10)
+        cell.set_ylim(0, 1)
+    figure.supxlabel("level", fontsize=10)
+    figure.supylabel("Dice of lesion images", fontsize=10)
+    return _finish(figure, rows, "A frozen pipeline on other scanners' frames")
+
+
+def means_by(table, column, rows, title):
+    """Mean Dice with its interval for each value of a column.
+
+    Args:
+        table: DataFrame from `helpers.findings.by`.
+        column: its first column.
+        rows: rows of the index, for the title.
+        title: of the figure.
+    """
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(table) + 1.2), layout="constrained")
+    names = [f"{value} ({images})" for value, images in zip(table[column], table.images)]
+    spread = [table.dice - table.low, table.high - table.dice]
+    axes.errorbar(table.dice, names, xerr=spread, fmt="o", color=PREDICTION, capsize=3)
+    axes.set(xlabel=f"Dice of lesion images, by {column} (images)", xlim=(0, 1))
+    axes.invert_yaxis()
+    return _finish(figure, rows, title)
+
+
+def report(image, finding):
+    """Two panels: the frame with what was found in it, and the probability of each class.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        finding: helpers.pipeline.Finding of that image.
+    """
+    figure, (cell, bars) = plt.subplots(
+        1, 2, figsize=(9, 4), width_ratios=(3, 1.4), layout="constrained"
+    )
+    cell.imshow(image)
+    cell.set_axis_off()
+    for mask, box, sure in zip(finding.masks, finding.boxes, finding.confidence):
+        _contour(cell, mask, PREDICTION)
+        _rectangle(cell, box)
+        cell.text(box[0], box[1], f"expected Dice {sure:.2f}", color=BOX, fontsize=8, va="bottom")
+    found = len(finding.masks)
+    lesions = {0: "no lesion outlined", 1: "one lesion"}.get(found, f"{found} lesions")
+    cell.set_title("\n".join([lesions, *finding.warnings]), fontsize=9, wrap=True)
+    for label, share in finding.probabilities.items():
+        kept = label in finding.possible
+        drawn = bars.barh(label, share, color=LABEL_COLOURS[label], alpha=1 if kept else 0.4)
+        bars.bar_label(drawn, [f" {share:.0%}"])
+    bars.set_xlim(0, 1.25)
+    bars.set_xticks([0, 0.5, 1])
+    bars.invert_yaxis()
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.set_title("possible: " + (" or ".join(finding.possible) or "none"), fontsize=9)
+    bars.set_xlabel("probability")
+    return _finish(figure, None, f"{finding.answer} (research tool, no medical device)")
 
 
 def _finish(figure, rows, title):

@@ -189,7 +189,7 @@ class Segmenter:
         """
         images = list(images)
         for image in images:
-            _check_image(image)
+            check_image(image)
         batch_size = batch_size or self.batch_size
         embeddings = []
         for start in range(0, len(images), batch_size):
@@ -236,7 +236,7 @@ class Segmenter:
         """
         embedding = image_or_embedding
         if not hasattr(embedding, "features"):
-            _check_image(embedding)
+            check_image(embedding)
             _check_box(box, embedding.shape)
             embedding = self.embed([embedding])[0]
         _check_box(box, embedding.image_size)
@@ -666,7 +666,7 @@ def _saved_network(name, config):
     return _TransformersSAM(SamModel(SamConfig.from_dict(config)))
 
 
-def _check_image(image):
+def check_image(image):
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image)
         raise ValueError(

@@ -132,7 +132,7 @@ def _write_image(folder, label, number, seed):
     plan = _plan(label, number)
     image, masks = _frame(plan, seed)
     colour = number % 40 == 8  # BUSI has a few truly RGB files
-    image = _burn_in(image, masks, plan.marks, colour, _generator(seed, plan.own, "marks"))
+    image = burn_in(image, masks, plan.marks, colour, _generator(seed, plan.own, "marks"))
     Image.fromarray(image).save(folder / f"{_name(plan.own)}.png", compress_level=1)
     for index, mask in enumerate(masks or [np.zeros(image.shape[:2], dtype=bool)]):
         suffix = f"_{index}" if index else ""
@@ -505,10 +505,19 @@ def _speckle(rng, amplitude):
 # ------------------------------------------------------------------------------------- the marks
 
 
-def _burn_in(image, masks, marks, colour, rng):
-    """Draw marks into a frame: uint8 (H, W), or (H, W, 3) with `colour`."""
-    image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if colour else image.copy()
-    ink = (230, 220, 60) if colour else 235
+def burn_in(image, masks, marks, colour, rng):
+    """Draw marks into a frame, as operators do.
+
+    Args:
+        image: uint8 (H, W), or (H, W, 3).
+        masks: list of bool (H, W); calipers are set on the first.
+        marks: of "measurement", "text" and "pictogram".
+        colour: whether the ink is yellow; a grey frame is then returned as (H, W, 3).
+        rng: numpy Generator.
+    """
+    grey = image.ndim == 2
+    image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if colour and grey else image.copy()
+    ink = (230, 220, 60) if colour else (235, 235, 235)
     height, width = image.shape[:2]
     if "measurement" in marks:
         _draw_calipers(image, masks[0], ink)

@@ -1,0 +1,145 @@
+"""Train a whole pipeline on the folds that are not the test fold.
+
+Four finders, each trained without another of the four folds. On that fold each answers for images it has
+not seen; these answers choose the rules and fit the diagnosis, so nothing is calibrated on training
+images, and no image is spent on validation alone. A new image is answered by the four together.
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+import pandas as pd
+
+from helpers import data, diagnosis, finder, metrics, pipeline
+
+# What is tried for each rule, one after the other.
+TRIED = {
+    "threshold": (0.5, 0.4, 0.3),
+    "share": (0.5, 0.3, 0.7),
+    "several": (0.6, 0.4, 0.8, 1.0),
+    "grow": (0.01, 0.0, 0.02, 0.03),
+}
+NORMAL = np.linspace(0.2, 0.9, 15)  # what is tried for the rule `normal`
+
+
+def fit(segmenter, material, found, fold, folder="", **choices):
+    """Train, choose and calibrate a pipeline without one fold.
+
+    Args:
+        segmenter: helpers.sam.Segmenter.
+        material: helpers.finder.Material of rows from `helpers.data.split`; rows of the test fold are
+            passed over.
+        found: dict from image_id to the embedding of each row's own image.
+        fold: the test fold.
+        folder: for runs; "" is `helpers.data.cache_folder()`.
+        choices: the fields of `helpers.finder.Choices`.
+
+    Returns:
+        (Pipeline, DataFrame, DataFrame). The first frame has one row per image outside the test fold,
+        answered by the finder that had not seen it: `image_id`, `label`, `group`, `fold`, `dice`,
+        `confidence` (of the largest outline), and the calibrated `normal`, `benign`, `malignant`. The
+        second is the training history with the column `held_out`.
+    """
+    begun = time.perf_counter()
+    rows = material.rows
+    members, histories, answers = [], [], {}
+    for held_out in sorted(set(rows.fold) - {fold}):
+        picked = np.flatnonzero(~rows.fold.isin((fold, held_out)))
+        mixed = segmenter.precision == "bfloat16"
+        member, history = finder.fit(material, picked, folder, mixed, **choices)
+        members.append(member)
+        histories.append(history.assign(held_out=held_out))
+        asked = np.flatnonzero(rows.fold == held_out)
+        maps, names = finder.predict(
+            [member], material.pixels[0, asked], material.features[0, asked]
+        )
+        answers |= {rows.image_id[k]: (maps[n], names[n]) for n, k in enumerate(asked)}
+    known = rows[rows.fold != fold].reset_index(drop=True)
+    judged = known.drop_duplicates("group").reset_index(drop=True)
+    rules, _ = choose_rules(segmenter, judged, answers, found)
+    measures, dice, confidence = _measured(segmenter, known, answers, found, rules)
+    judge, probabilities = diagnosis.fit(measures, known)
+    normal = probabilities[:, data.LABELS.index("normal")]
+    rules = dataclasses.replace(rules, normal=choose_normal(known.label, dice, normal))
+    answered = known[["image_id", "label", "group", "fold"]].assign(
+        dice=dice, confidence=confidence
+    )
+    answered[list(data.LABELS)] = probabilities
+    card = {
+        "data": rows.source.iloc[0],
+        "test_fold": fold,
+        "training_images": len(known),
+        "training_signature": data.signature(known),
+        "trained_on": sorted(known.image_id),
+        "choices": dataclasses.asdict(finder.Choices(**choices)),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    built = pipeline.Pipeline(segmenter, members, judge, rules, card)
+    return built, answered, pd.concat(histories, ignore_index=True)
+
+
+def choose_rules(segmenter, rows, answers, found):
+    """Try the rules one after the other; keep what gives the lesion images the highest mean Dice.
+
+    Args:
+        segmenter: helpers.sam.Segmenter.
+        rows: rows of an index.
+        answers: dict from image_id to (map (size, size), names (3,)).
+        found: dict from image_id to embedding.
+
+    Returns:
+        (Rules, DataFrame): the rules, and each that was tried with its `dice`.
+    """
+    rules, tried, known = pipeline.Rules(), [], {}
+    lesions = data.lesions(rows)
+    truths = {row.image_id: data.read_truth(row) for row in lesions.itertuples()}
+    maps = {name: pipeline.enlarge(answers[name][0], truths[name].shape) for name in truths}
+    for name, values in TRIED.items():
+        scores = {}
+        for value in values:
+            trial = dataclasses.replace(rules, **{name: value})
+            dice = []
+            for image in truths:
+                boxes = pipeline.propose(maps[image], trial)
+                key = image, boxes.tobytes()
+                if key not in known:
+                    masks, _ = pipeline.trace(segmenter, found[image], maps[image], boxes)
+                    known[key] = _dice(masks, truths[image])
+                dice.append(known[key])
+            scores[value] = float(np.mean(dice))
+            tried.append({"rule": name, "value": value, "dice": scores[value]})
+        rules = dataclasses.replace(rules, **{name: max(scores, key=scores.get)})
+    return rules, pd.DataFrame(tried)
+
+
+def choose_normal(labels, dice, normal):
+    """Return the probability of "normal" from which no lesion is outlined: the highest mean Dice.
+
+    Args:
+        labels: (N,) of the classes.
+        dice: float (N,) of the outlines, 0 for a normal image.
+        normal: float (N,), probability of "normal".
+    """
+    truly = (np.asarray(labels) == "normal").astype(float)
+    scores = [np.where(normal > level, truly, dice).mean() for level in NORMAL]
+    return float(round(NORMAL[int(np.argmax(scores))], 4))
+
+
+def _measured(segmenter, rows, answers, found, rules):
+    measures, dice, confidence = [], [], []
+    for row in rows.itertuples():
+        truth = data.read_truth(row)
+        lesion_map = pipeline.enlarge(answers[row.image_id][0], truth.shape)
+        boxes = pipeline.propose(lesion_map, rules)
+        masks, probability = pipeline.trace(segmenter, found[row.image_id], lesion_map, boxes)
+        union = np.any([np.zeros(truth.shape, bool), *masks], axis=0)
+        measures.append(diagnosis.measure(answers[row.image_id][1], lesion_map, union))
+        dice.append(_dice(masks, truth) if truth.any() else 0.0)
+        confidence.append(pipeline.confidence(probability, masks[0]) if masks else np.nan)
+    return np.stack(measures), np.array(dice), np.array(confidence)
+
+
+def _dice(masks, truth):
+    union = np.any([np.zeros(truth.shape, bool), *masks], axis=0)
+    return float(metrics.segmentation(union, truth, surface=False)["dice"])

@@ -1,0 +1,112 @@
+"""Read any frame a user may bring, PNG, JPEG or DICOM, and say what makes it unfit for the pipeline."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from helpers import data
+
+SMALLEST = 64  # px: below it no lesion can be told from speckle
+COLOURED = 24  # of 255: how far the channels of a pixel may lie apart before it counts as coloured
+DOPPLER_SHARE = 0.05  # of coloured pixels: marks and logos stay below it
+PHOTO_SHARE = 0.5  # of coloured pixels: a colour box never fills a whole frame
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")
+
+
+def read(path, frame=None):
+    """Read a frame as uint8 (H, W, 3) RGB.
+
+    Args:
+        path: PNG, JPEG or another file that Pillow knows, 8 bits a channel; or DICOM, whose window
+            (VOI LUT) is applied.
+        frame: which frame of a DICOM with several, from 0.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no image, cut off, or deeper than 8 bits; a DICOM without pixel data, with several
+            frames and none chosen, or compressed in a way that nothing here reads.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image file {str(path)!r}")
+    if not _is_dicom(path):
+        return data.read_image(path)
+    return _read_dicom(path, frame)
+
+
+def _is_dicom(path):
+    with open(path, "rb") as file:
+        return path.suffix.lower() in (".dcm", ".dicom") or file.read(132)[128:] == b"DICM"
+
+
+def _read_dicom(path, frame):
+    import pydicom
+    from pydicom import pixels
+
+    try:
+        dataset = pydicom.dcmread(path)
+    except (pydicom.errors.InvalidDicomError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a whole DICOM file ({error}); export it again") from error
+    if "PixelData" not in dataset:
+        raise ValueError(
+            f"{path} is a DICOM without pixel data (modality {dataset.get('Modality', 'not stated')}); "
+            "export the image object, not the report"
+        )
+    frames = int(dataset.get("NumberOfFrames", None) or 1)
+    if frames > 1 and frame is None:
+        raise ValueError(
+            f"{path} holds {frames} frames; choose one of 0 to {frames - 1} with frame=..."
+        )
+    if frame is not None and not 0 <= frame < frames:
+        raise ValueError(f"{path} has no frame {frame}; it holds {frames}, counted from 0")
+    try:
+        values = pixels.pixel_array(dataset, index=frame or 0)  # YBR becomes RGB
+        if dataset.PhotometricInterpretation.startswith("MONOCHROME"):
+            values = pixels.apply_voi_lut(pixels.apply_modality_lut(values, dataset), dataset)
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the pixels of {path} can't be decoded ({data.first_line(error)}); export it uncompressed"
+        ) from error
+    if values.dtype != np.uint8:
+        values = values.astype(np.float32)
+        low, high = values.min(), values.max()
+        values = ((values - low) / max(high - low, 1e-8) * 255).round().astype(np.uint8)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        values = 255 - values
+    return values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
+
+
+def check(image):
+    """Say what makes a frame unfit.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+
+    Returns:
+        tuple of str: warnings; empty for an ordinary B-mode frame.
+
+    Raises:
+        ValueError: it can't be a B-mode frame at all: too small, of one brightness, a photograph.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) < SMALLEST:
+        raise ValueError(
+            f"an image of {width} x {height} pixels is too small to show a lesion; {SMALLEST} pixels "
+            "a side are needed"
+        )
+    if image.min() == image.max():
+        raise ValueError(f"every pixel of the image is {image.flat[0]}; it shows nothing")
+    small = cv2.resize(image, (256, 256), interpolation=cv2.INTER_AREA).astype(np.int16)
+    coloured = float((np.ptp(small, axis=2) > COLOURED).mean())
+    if coloured > PHOTO_SHARE:
+        raise ValueError(
+            f"{coloured:.0%} of the pixels are coloured: a photograph, or a screen in false colours; "
+            "give a grey B-mode frame"
+        )
+    if coloured > DOPPLER_SHARE:
+        return (
+            f"{coloured:.0%} of the pixels are coloured, as in colour Doppler: trained on grey B-mode "
+            "frames alone, so do not trust it",
+        )
+    return ()

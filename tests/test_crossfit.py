@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+
+from helpers import crossfit, data, embeddings, finder, pipeline, sam
+
+TINY = {"epochs": 2, "batch_size": 4, "size": 32, "width": 8, "depth": 8, "views": 1}
+
+
+@pytest.fixture(scope="module")
+def parts(index, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crossfit")
+    segmenter, rows = sam.load("tiny", "cpu"), data.split(index)
+    material = finder.prepare(segmenter, rows, folder, views=1, size=32)
+    return segmenter, material, embeddings.embed_rows(segmenter, rows, folder), folder
+
+
+@pytest.fixture(scope="module")
+def fitted(parts):
+    segmenter, material, found, folder = parts
+    return crossfit.fit(segmenter, material, found, 0, folder, **TINY)
+
+
+def test_each_image_is_answered_by_the_finder_that_had_not_seen_it(parts, fitted, monkeypatch):
+    _, material, found, folder = parts
+    built, answered, history = fitted
+    rows = material.rows
+    assert list(answered.image_id) == list(rows.image_id[rows.fold != 0])
+    assert len(built.finders) == 4
+    assert sorted(history.held_out.unique()) == [1, 2, 3, 4]
+    learnt, asked = [], []
+    fit, predict = finder.fit, finder.predict
+
+    def watched_fit(material, picked, *others, **choices):
+        learnt.append(set(material.rows.fold.iloc[picked]))
+        return fit(material, picked, *others, **choices)
+
+    def watched_predict(finders, pixels, features):
+        where = [
+            next(k for k in range(len(rows)) if (material.pixels[0, k] == one).all())
+            for one in pixels
+        ]
+        asked.append(set(rows.fold.iloc[where]))
+        return predict(finders, pixels, features)
+
+    monkeypatch.setattr(finder, "fit", watched_fit)
+    monkeypatch.setattr(finder, "predict", watched_predict)
+    crossfit.fit(parts[0], material, found, 0, folder, **TINY)
+    assert learnt == [{2, 3, 4}, {1, 3, 4}, {1, 2, 4}, {1, 2, 3}]
+    assert asked == [{1}, {2}, {3}, {4}]
+
+
+def test_the_test_fold_plays_no_part(parts, fitted, tmp_path):
+    """With other pixels and other masks in the test fold the very same pipeline comes out."""
+    import dataclasses
+
+    segmenter, material, found, _ = parts
+    held_out = np.flatnonzero(material.rows.fold == 0)
+    spoilt = dataclasses.replace(
+        material, pixels=material.pixels.clone(), lesions=material.lesions.clone()
+    )
+    spoilt.pixels[:, held_out] = 3
+    spoilt.lesions[:, held_out] = 255
+    again, answered, _ = crossfit.fit(segmenter, spoilt, found, 0, tmp_path, **TINY)
+    assert again.rules == fitted[0].rules
+    np.testing.assert_array_equal(again.judge.weights, fitted[0].judge.weights)
+    assert answered.equals(fitted[1])
+
+
+def test_two_test_folds_share_the_finders_that_saw_neither(parts, fitted, capsys):
+    segmenter, material, found, folder = parts
+    crossfit.fit(segmenter, material, found, 1, folder, **TINY)
+    assert capsys.readouterr().out.count("finished before") == 1
+
+
+def test_the_rule_with_the_highest_dice_is_kept(parts):
+    """Maps that are right at 0.35 and wrong at 0.5: the threshold has to come down."""
+    segmenter, material, found, _ = parts
+    rows = data.lesions(material.rows).head(6)
+    answers = {}
+    for row in rows.itertuples():
+        truth = data.read_truth(row).astype(np.float32)
+        answers[row.image_id] = (finder.cv2.resize(truth, (64, 64)) * 0.44, np.full(3, 1 / 3))
+        answers[row.image_id][0][:4, :4] = 0.99
+    rules, tried = crossfit.choose_rules(segmenter, rows, answers, found)
+    best = tried.groupby("rule").dice.max()
+    assert rules.threshold < 0.44
+    assert best["grow"] >= best["threshold"]
+    assert set(tried.rule) == set(crossfit.TRIED)
+
+
+def test_the_level_of_normal_weighs_alarms_against_misses():
+    labels = np.array(["normal"] * 4 + ["benign"] * 4)
+    dice = np.array([0.0] * 4 + [0.9] * 4)
+    normal = np.array([0.8, 0.72, 0.75, 0.3, 0.1, 0.5, 0.65, 0.6])
+    level = crossfit.choose_normal(labels, dice, normal)
+    assert 0.65 <= level < 0.72
+    worthless = crossfit.choose_normal(labels, np.zeros(8), normal)
+    assert worthless < 0.3  # outlines that are worth nothing cost only alarms
+
+
+def test_the_card_says_what_it_was_trained_on(parts, fitted):
+    rows = parts[1].rows
+    card = fitted[0].card
+    assert card["test_fold"] == 0
+    assert card["training_images"] == (rows.fold != 0).sum()
+    assert card["training_signature"] == data.signature(rows[rows.fold != 0])
+    assert isinstance(fitted[0], pipeline.Pipeline)

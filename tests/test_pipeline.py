@@ -1,0 +1,180 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from helpers import data, diagnosis, finder, pipeline, sam
+
+
+@pytest.fixture(scope="module")
+def built():
+    """A pipeline of random networks, small enough for tests."""
+    import torch
+
+    torch.manual_seed(0)
+    segmenter = sam.load("tiny", "cpu")
+    finders = [finder.Finder(segmenter_channels(segmenter), 32, 8, 8).eval() for _ in range(2)]
+    rng = np.random.default_rng(0)
+    measures = len(diagnosis.MEASURES)
+    doubts = {label: np.sort(rng.random(40)) for label in data.LABELS}
+    judge = diagnosis.Diagnosis(rng.standard_normal((3, measures)) / 9, np.zeros(3), doubts)
+    return pipeline.Pipeline(
+        segmenter, finders, judge, pipeline.Rules(normal=0.9), {"data": "none"}
+    )
+
+
+def segmenter_channels(segmenter):
+    return segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
+
+
+@pytest.fixture(scope="module")
+def image(index):
+    return data.read_image(data.lesions(index).image_path.iloc[0])
+
+
+def test_a_finding_fits_its_image(built, image):
+    finding = built.segment(image)
+    assert finding.masks
+    for mask in finding.masks:
+        assert mask.shape == image.shape[:2]
+        assert mask.dtype == bool
+        assert mask.any()
+    assert finding.boxes.shape == (len(finding.masks), 4)
+    assert list(finding.probabilities) == list(data.LABELS)
+    assert sum(finding.probabilities.values()) == pytest.approx(1)
+    assert len(finding.confidence) == len(finding.masks)
+    assert all(0 <= value <= 1 for value in finding.confidence)
+    assert finding.probability.shape == image.shape[:2]
+    np.testing.assert_array_equal(finding.mask, np.any(finding.masks, axis=0))
+
+
+def test_an_embedding_at_hand_gives_the_same(built, image):
+    one, two = built.segment(image), built.segment(image, built.segmenter.embed([image])[0])
+    np.testing.assert_array_equal(one.probability, two.probability)
+
+
+def test_the_mirror_image_is_averaged_in(built, image):
+    plain, both = built.segment(image), built.segment(image, mirror=True)
+    other = built.segment(np.ascontiguousarray(image[:, ::-1]), mirror=True)
+    assert not np.allclose(plain.probability, both.probability)
+    assert other.probabilities == pytest.approx(both.probabilities, abs=0.05)
+
+
+def test_normal_above_its_level_outlines_nothing(built, image):
+    import dataclasses
+
+    strict = pipeline.Pipeline(
+        built.segmenter, built.finders, built.judge, dataclasses.replace(built.rules, normal=0.0)
+    )
+    finding = strict.segment(image)
+    assert finding.masks == []
+    assert finding.boxes.shape == (0, 4)
+    assert not finding.mask.any()
+
+
+def test_saved_and_loaded_it_finds_the_same(built, image, tmp_path):
+    built.save(tmp_path / "saved")
+    loaded = pipeline.load(tmp_path / "saved", "cpu", "float32")
+    assert loaded.rules == built.rules
+    assert loaded.card == built.card
+    one, two = built.segment(image), loaded.segment(image)
+    assert two.possible == one.possible
+    assert two.probabilities == pytest.approx(one.probabilities, abs=0.02)
+    np.testing.assert_allclose(two.probability, one.probability, atol=0.02)
+
+
+def test_folders_of_another_kind_are_refused(built, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no pipeline.json"):
+        pipeline.load(tmp_path)
+    built.save(tmp_path)
+    settings = json.loads((tmp_path / "pipeline.json").read_text())
+    (tmp_path / "pipeline.json").write_text(json.dumps(settings | {"version": 99}))
+    with pytest.raises(ValueError, match="is of version 99, this package reads"):
+        pipeline.load(tmp_path)
+    (tmp_path / "pipeline.json").write_text(json.dumps(settings)[:-20])
+    with pytest.raises(ValueError, match="cut off or altered"):
+        pipeline.load(tmp_path)
+    (tmp_path / "pipeline.json").write_text(json.dumps(settings))
+    (tmp_path / "finder-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="finder-1.safetensors does not exist"):
+        pipeline.load(tmp_path)
+
+
+def test_boxes_of_a_map():
+    rules = pipeline.Rules(threshold=0.5, share=0.5, several=0.5, grow=0.0)
+    lesion_map = np.zeros((60, 80), np.float32)
+    assert pipeline.propose(lesion_map, rules).shape == (0, 4)
+    lesion_map[10:20, 30:50] = 0.9
+    assert pipeline.propose(lesion_map, rules).tolist() == [[30, 10, 49, 19]]
+    lesion_map[40:50, 5:15] = 0.95  # half the mass
+    assert pipeline.propose(lesion_map, rules).tolist() == [[30, 10, 49, 19], [5, 40, 14, 49]]
+    lesion_map[40:50, 5:15] = 0.6  # less than half
+    assert pipeline.propose(lesion_map, rules).tolist() == [[30, 10, 49, 19]]
+    wide = pipeline.propose(lesion_map, pipeline.Rules(several=0.9, grow=0.5))
+    assert wide.tolist() == [[0, 0, 79, 59]]
+    faint = pipeline.propose(lesion_map / 5, rules)
+    assert faint.tolist() == [[30, 10, 49, 19]]  # half of a low peak counts
+    lesion_map[:] = 0
+    lesion_map[59, 79] = 1
+    ((left, top, right, bottom),) = pipeline.propose(lesion_map, rules)
+    assert (right, bottom) == (79, 59)
+    assert left < right
+    assert top < bottom
+
+
+def test_images_that_cannot_be_frames_are_refused(built):
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="16 x 16 pixels is too small"):
+        built.segment(noise)
+    with pytest.raises(ValueError, match="uint8 array of shape"):
+        built.segment(noise[..., 0])
+
+
+def test_twenty_megapixels(built):
+    large = np.random.default_rng(0).integers(0, 200, (4000, 5000), dtype=np.uint8)
+    finding = built.segment(np.repeat(large[..., None], 3, 2))
+    assert finding.probability.shape == (4000, 5000)
+
+
+def test_a_report_shows_what_was_found(built, image):
+    figure = built.report(image)
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    finding = built.segment(image)
+    assert any(finding.answer in text for text in texts)
+    assert any("expected Dice" in text for text in texts)
+    assert any("possible: " in text for text in texts)
+
+
+def test_a_folder_goes_on_after_a_bad_file(built, index, tmp_path, capsys):
+    images = tmp_path / "images"
+    (images / "more").mkdir(parents=True)
+    for number, path in enumerate(index.image_path.iloc[:2]):
+        Image.open(path).save(images / f"{number}.png")
+    Image.open(index.image_path.iloc[2]).save(images / "more" / "0.png")
+    (images / "broken.png").write_text("nothing")
+    (images / "notes.txt").write_text("no image")
+    built.save(tmp_path / "weights")
+    out = tmp_path / "out"
+    words = [str(images), str(images / "more"), "--out", str(out)]
+    assert pipeline.main([*words, "--weights", str(tmp_path / "weights")]) == 1
+    table = pd.read_csv(out / "findings.csv")
+    assert [name.split("/")[-1] for name in table.file] == ["0.png", "1.png", "broken.png", "0.png"]
+    assert table.error.notna().tolist() == [False, False, True, False]
+    assert {path.name for path in (out / "masks").iterdir()} == {"0.png", "1.png", "0-2.png"}
+    printed = capsys.readouterr().out
+    assert "3 of 4 images done" in printed
+    assert "broken.png is not a whole image" in printed
+    finding = built.segment(data.read_image(images / "0.png"))
+    mask = np.array(Image.open(out / "masks" / "0.png")) > 0
+    assert (mask != finding.mask).mean() < 0.02
+    drawn = np.array(Image.open(out / "overlays" / "0.png"))
+    assert drawn.shape == (*mask.shape, 3)
+    assert table.lesions[0] == len(finding.masks)
+
+
+def test_a_folder_without_images_says_so(built, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file ends in \.png"):
+        pipeline.run_folder(built, [], tmp_path / "out")
