@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format table benchmark clean
+.PHONY: help run test lint format pipeline table benchmark clean
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ format: .venv/installed ## put code and notebooks into the house style
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 	.venv/bin/nbstripout notebooks/*.ipynb
+
+pipeline: .venv/installed ## train the automatic pipeline for each test fold of real BUSI, write its weights and results
+	.venv/bin/python -m helpers.crossfit --results results
 
 table: .venv/installed ## make README's tables and figure from results/
 	.venv/bin/python -m helpers.tables

@@ -3,15 +3,19 @@
 Four finders, each trained without another of the four folds. On that fold each answers for images it has
 not seen; these answers choose the rules and fit the diagnosis, so nothing is calibrated on training
 images, and no image is spent on validation alone. A new image is answered by the four together.
+
+`python -m helpers.crossfit`, which is `make pipeline`, does it once for each test fold of BUSI.
 """
 
+import argparse
 import dataclasses
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from helpers import data, diagnosis, finder, metrics, pipeline
+from helpers import data, diagnosis, embeddings, finder, findings, metrics, pipeline, results, sam
 
 # What is tried for each rule, one after the other.
 TRIED = {
@@ -143,3 +147,38 @@ def _measured(segmenter, rows, answers, found, rules):
 def _dice(masks, truth):
     union = np.any([np.zeros(truth.shape, bool), *masks], axis=0)
     return float(metrics.segmentation(union, truth, surface=False)["dice"])
+
+
+def main(arguments=None):
+    """Train a pipeline without each fold of BUSI, save the first, and read each test fold once."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.crossfit", description=main.__doc__)
+    parser.add_argument("--folds", nargs="+", type=int, default=list(range(data.N_FOLDS)))
+    parser.add_argument("--out", type=Path, default=pipeline.WEIGHTS, help="folder for the first")
+    parser.add_argument("--results", default="", help="folder for result files")
+    parser.add_argument("--cache", default="", help="folder for embeddings and finished finders")
+    chosen = parser.parse_args(arguments)
+    index = data.load_index()
+    segmenter = sam.load("lite-medsam", precision="auto")
+    results.banner(index, 0, segmenter.device)
+    rows = data.split(index)
+    found = embeddings.embed_rows(segmenter, rows, chosen.cache)
+    choices = finder.Choices()
+    material = finder.prepare(segmenter, rows, chosen.cache, choices.views, choices.size)
+    for fold in chosen.folds:
+        built, answered, _ = fit(segmenter, material, found, fold, chosen.cache)
+        if fold == chosen.folds[0]:
+            built.save(chosen.out)
+        judged = answered.drop_duplicates("group")
+        named = judged[list(data.LABELS)].idxmax(axis=1) == judged.label
+        outlined = data.lesions(judged).dice.mean()
+        print(f"fold {fold} held out: validation Dice {outlined:.4f}, accuracy {named.mean():.4f}")
+        test = data.scored(data.split(index, fold), "test")
+        answers, seconds = results.timed(findings.of_rows, built, test, found)
+        scores = metrics.score(test, findings.masks(answers))
+        run = {"fold": fold, "device": segmenter.device, "path": chosen.results}
+        for file in findings.record(built, test, answers, scores, seconds, **run):
+            print(file)
+
+
+if __name__ == "__main__":
+    main()

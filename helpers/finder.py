@@ -2,8 +2,8 @@
 
 Its own encoder, an EfficientNet-Lite0 that has seen ImageNet, shows fine structure; the cached embedding
 of a frozen medical encoder shows what that knows. One network gives a lesion map and the class; where the
-map is empty, no lesion was found. EfficientNet: M. Tan and Q. Le, ICML 2019; U-Net: O. Ronneberger et
-al., MICCAI 2015.
+map is empty, no lesion was found. It learns from synthetic phantoms first, for BUSI is small.
+EfficientNet: M. Tan and Q. Le, ICML 2019; U-Net: O. Ronneberger et al., MICCAI 2015.
 """
 
 import dataclasses
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from helpers import augment, data, embeddings
+from helpers import augment, data, embeddings, synthetic
 
-VERSION = 2  # raise it with every change that gives other numbers: older runs are then made again
+VERSION = 3  # raise it with every change that gives other numbers: older runs are then made again
 STEP = 32  # the network's size is a multiple of it: the deepest level is at 1/32
 GRID = 8  # the embedding enters where a cell is GRID x GRID pixels of the network's input
+COARSE = 4  # a cell of the lesion map is COARSE x COARSE pixels of the network's input
 BACKBONE = "tf_efficientnet_lite0"  # timm's name
 KEPT = 5  # of its seven stages: down to 1/16
 FROZEN = 2  # of these, and the stem: left as ImageNet made them, which halves the training time
@@ -40,6 +41,8 @@ class Choices:
         learning_rate: of AdamW, at its peak; it rises and falls once (one cycle).
         weight_decay: of AdamW.
         batch_size: images per step.
+        phantoms: synthetic images per class to learn from first, without an embedding; 0 for none.
+        phantom_epochs: passes over them.
         size: pixels; the network sees the frame stretched to size x size.
         depth: features of the deepest levels of the decoder.
         dropout: share of features dropped in the deepest level and before the class.
@@ -51,22 +54,24 @@ class Choices:
         seed: of the weights, the order and the draws.
     """
 
-    epochs: int = 16
+    epochs: int = 12
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
-    batch_size: int = 16
-    size: int = 256
+    batch_size: int = 8
+    phantoms: int = 500
+    phantom_epochs: int = 4
+    size: int = 224
     depth: int = 64
     dropout: float = 0.3
     smoothing: float = 0.05
-    views: int = 2
+    views: int = 1
     zoom: float = 0.2
     intensity: float = 0.3
     average: float = 0.99
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "views"):
+        for name in ("epochs", "batch_size", "phantom_epochs", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("dropout", "average", "smoothing", "zoom", "intensity"):
@@ -76,33 +81,33 @@ class Choices:
                 )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        for name, step in (("size", STEP), ("depth", 8)):
-            if getattr(self, name) < step or getattr(self, name) % step:
+        for name, step, least in (("size", STEP, 2 * STEP), ("depth", 8, 8)):
+            if getattr(self, name) < least or getattr(self, name) % step:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be a multiple of {step}"
+                    f"{name} is {getattr(self, name)}; it must be a multiple of {step}, and at least {least}"
                 )
 
 
 class Finder(nn.Module):
     """The network; `shape` is what it was built with. Its weights are random until trained or loaded."""
 
-    def __init__(self, channels=256, size=256, depth=64, dropout=0.3):
+    def __init__(self, channels=256, size=224, depth=64, dropout=0.3):
         super().__init__()
         import timm
 
         self.shape = {"channels": channels, "size": size, "depth": depth, "dropout": dropout}
         self.down = timm.create_model(
-            BACKBONE, features_only=True, in_chans=1, out_indices=range(4), drop_path_rate=0.1
+            BACKBONE, features_only=True, in_chans=1, out_indices=(1, 2, 3), drop_path_rate=0.1
         )
         self.down.blocks = self.down.blocks[:KEPT]
         self.known = nn.Sequential(
             nn.Dropout2d(dropout / 2),
             nn.Conv2d(channels, 64, 1),
             nn.GroupNorm(8, 64),
-            nn.GELU(),
+            nn.SiLU(),
         )
-        beside = self.down.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4, 1/2
-        extra, widths = [0, 64, 0, 0], [depth, 64, 32, 16]
+        beside = self.down.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4
+        extra, widths = [0, 64, 0], [depth, 64, 32]
         self.bottom = nn.Sequential(
             _convolve(beside[0] + 64, depth), _Residual(depth), nn.Dropout2d(dropout)
         )
@@ -114,13 +119,13 @@ class Finder(nn.Module):
         self.name = nn.Sequential(
             nn.Dropout(dropout),
             nn.Linear(3 * 64 + depth + 2, 64),
-            nn.GELU(),
+            nn.SiLU(),
             nn.Dropout(dropout),
             nn.Linear(64, len(data.LABELS)),
         )
 
     def forward(self, pixels, features):
-        """Return the lesion map's logits (N, 1, size / 2, size / 2) and the classes' (N, 3).
+        """Return the lesion map's logits (N, 1, size / 4, size / 4) and the classes' (N, 3).
 
         Args:
             pixels: float (N, 1, size, size), 0 to 1.
@@ -137,7 +142,7 @@ class Finder(nn.Module):
             if level == 1:
                 seen = x
         lesion = self.lesion(x)
-        share = F.avg_pool2d(torch.sigmoid(lesion), 4)
+        share = F.avg_pool2d(torch.sigmoid(lesion), GRID // COARSE)
         area = share.sum((2, 3))
         pooled = [
             (seen * share).sum((2, 3)) / (area + 0.25),
@@ -192,7 +197,7 @@ def _convolve(before, after):
     return nn.Sequential(
         nn.Conv2d(before, after, 3, padding=1, bias=False),
         nn.GroupNorm(8, after),
-        nn.GELU(),
+        nn.SiLU(),
     )
 
 
@@ -217,7 +222,7 @@ class Material:
     made_of: list
 
 
-def prepare(segmenter, rows, folder="", views=2, size=256, seed=0):
+def prepare(segmenter, rows, folder="", views=1, size=224, seed=0):
     """Gather what finders learn from; embeddings come from the cache, or are made.
 
     Args:
@@ -229,25 +234,35 @@ def prepare(segmenter, rows, folder="", views=2, size=256, seed=0):
     Returns:
         Material.
     """
-    pixels, lesions = (
-        torch.empty((views, len(rows), 1, size, size), dtype=torch.uint8) for _ in range(2)
-    )
     features = None
+    pixels, lesions = _blank(views, len(rows), size)
     for view in range(views):
         found = embeddings.embed_rows(segmenter, rows, folder, view, seed)
         for number, row in enumerate(rows.itertuples()):
             image, truth = augment.view(
                 data.read_image(row.image_path), data.read_truth(row), view, row.image_id, seed
             )
-            pixels[view, number, 0], known = see(image, found[row.image_id], size)
+            known = _cells(found[row.image_id], size)
             if features is None:
                 features = torch.empty((views, len(rows), *known.shape), dtype=torch.float16)
             features[view, number] = known
-            share = cv2.resize(truth.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
-            lesions[view, number, 0] = torch.from_numpy(share * 255).round()
-    labels = torch.tensor([data.LABELS.index(label) for label in rows.label])
+            pixels[view, number, 0] = _grey(image, size)
+            lesions[view, number, 0] = _share(truth, size)
     made_of = [embeddings.encoder_hash(segmenter), views, size, seed]
-    return Material(rows.reset_index(drop=True), pixels, features, lesions, labels, made_of)
+    return Material(rows.reset_index(drop=True), pixels, features, lesions, _labels(rows), made_of)
+
+
+def _phantoms(choices, channels, folder):
+    """Gather synthetic images; what the encoder would see in them is left at zero."""
+    rows, _ = synthetic.to_learn_from(choices.phantoms, folder)
+    pixels, lesions = _blank(1, len(rows), choices.size)
+    for number, row in enumerate(rows.itertuples()):
+        pixels[0, number, 0] = _grey(data.read_image(row.image_path), choices.size)
+        lesions[0, number, 0] = _share(data.read_truth(row), choices.size)
+    nothing = torch.zeros((), dtype=torch.float16)
+    features = nothing.expand(1, len(rows), channels, *2 * [choices.size // GRID])
+    made_of = ["phantoms", channels]
+    return Material(rows.reset_index(drop=True), pixels, features, lesions, _labels(rows), made_of)
 
 
 def see(image, embedding, size):
@@ -262,16 +277,34 @@ def see(image, embedding, size):
         uint8 tensor (size, size), its brightness from the frame's darkest to its brightest, and
         float32 tensor (channels, size / 8, size / 8); both stretched over the whole frame.
     """
+    return _grey(image, size), _cells(embedding, size)
+
+
+def _blank(views, count, size):
+    return (torch.empty((views, count, 1, size, size), dtype=torch.uint8) for _ in range(2))
+
+
+def _grey(image, size):
     grey = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32).mean(2)
     low, high = grey.min(), grey.max()
-    grey = (grey - low) / max(high - low, 1) * 255
+    return torch.from_numpy(((grey - low) / max(high - low, 1) * 255).round().astype(np.uint8))
+
+
+def _cells(embedding, size):
     features = embedding.features.float().cpu()
     scale = max(features.shape[1:]) / max(embedding.resized)
     height, width = (max(1, round(side * scale)) for side in embedding.resized)
-    known = F.interpolate(
-        features[None, :, :height, :width], (size // GRID, size // GRID), mode="area"
-    )[0]
-    return torch.from_numpy(grey.round().astype(np.uint8)), known
+    inside = features[None, :, :height, :width]
+    return F.interpolate(inside, (size // GRID, size // GRID), mode="area")[0]
+
+
+def _share(truth, size):
+    share = cv2.resize(truth.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(share * 255).round()
+
+
+def _labels(rows):
+    return torch.tensor([data.LABELS.index(label) for label in rows.label])
 
 
 def fit(material, picked, folder="", mixed=False, **choices):
@@ -308,13 +341,22 @@ def fit(material, picked, folder="", mixed=False, **choices):
     if (run / "finder.safetensors").exists():
         print(f"this run was finished before; it is read from {run}")
     else:
-        finder, history = _train(material, picked, choices, mixed)
+        start = _learn_from_phantoms(material, folder, mixed, choices) if choices.phantoms else None
+        finder, history = _train(material, picked, choices, mixed, start)
         data.write_whole(run / "history.csv", pd.DataFrame(history).to_csv(index=False).encode())
         save(finder, run / "finder.safetensors")
     return load(run / "finder.safetensors"), pd.read_csv(run / "history.csv")
 
 
-def _train(material, picked, choices, mixed):
+def _learn_from_phantoms(material, folder, mixed, choices):
+    """Train on synthetic images first; the run is kept and serves every split of the real ones."""
+    first = dataclasses.asdict(choices) | {"epochs": choices.phantom_epochs, "views": 1}
+    made = _phantoms(choices, material.features.shape[2], folder)
+    print(f"first {len(made.rows)} synthetic images, then the training images")
+    return fit(made, range(len(made.rows)), folder, mixed, **first | {"phantoms": 0})[0]
+
+
+def _train(material, picked, choices, mixed, start):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     history = []
     with torch.random.fork_rng():
@@ -322,7 +364,9 @@ def _train(material, picked, choices, mixed):
         shape = {name: getattr(choices, name) for name in ("size", "depth", "dropout")}
         finder = Finder(material.features.shape[2], **shape)
         finder.start_from_imagenet()
-        finder = finder.to(device)
+        if start:
+            finder.load_state_dict(start.state_dict())
+        finder = finder.to(device, memory_format=torch.channels_last)
         averaged = torch.optim.swa_utils.AveragedModel(
             finder,
             multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(choices.average),
@@ -334,20 +378,21 @@ def _train(material, picked, choices, mixed):
         )
         steps = max(1, len(picked) // choices.batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, choices.learning_rate, total_steps=steps * choices.epochs
+            optimizer, choices.learning_rate, total_steps=steps * choices.epochs, pct_start=0.2
         )
         for epoch in tqdm(range(1, choices.epochs + 1), "training", unit="epoch", file=sys.stdout):
             start, losses, correct = time.perf_counter(), 0.0, 0.0
             finder.train()
             for batch in picked[torch.randperm(len(picked))].tensor_split(steps):
                 pixels, features, lesions = (
-                    part.to(device) for part in _draw(material, batch, choices)
+                    part.to(device, memory_format=torch.channels_last)
+                    for part in _draw(material, batch, choices)
                 )
                 labels = material.labels[batch].to(device)
                 with torch.autocast(device.type, torch.bfloat16, mixed):
                     lesion, names = (part.float() for part in finder(pixels, features))
                 loss = F.cross_entropy(names, labels, label_smoothing=choices.smoothing)
-                loss = loss + map_loss(lesion, F.avg_pool2d(lesions, 2))
+                loss = loss + map_loss(lesion, F.avg_pool2d(lesions, COARSE))
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
                         f"the training loss of epoch {epoch} is {loss.item()}; lower learning_rate "
@@ -412,7 +457,7 @@ def _spread(shape, largest):
 
 @torch.inference_mode()
 def predict(finders, pixels, features, batch_size=16):
-    """Ask finders together.
+    """Ask finders together, each for the frame and for its mirror image (with the embedding mirrored).
 
     Args:
         finders: list of Finder.
@@ -421,8 +466,8 @@ def predict(finders, pixels, features, batch_size=16):
         batch_size: images per pass.
 
     Returns:
-        float32 arrays (N, size / 2, size / 2) and (N, 3): probability of lesion, and of the classes in the
-        order of `helpers.data.LABELS`; both the finders' mean.
+        float32 arrays (N, size / 4, size / 4) and (N, 3): probability of lesion, and of the classes in the
+        order of `helpers.data.LABELS`; both the mean of all answers.
     """
     device = next(finders[0].parameters()).device
     maps, names = [], []
@@ -430,8 +475,10 @@ def predict(finders, pixels, features, batch_size=16):
         seen = pixels[start : start + batch_size].to(device).float() / 255
         known = features[start : start + batch_size].to(device).float()
         votes = [finder.eval()(seen, known) for finder in finders]
-        maps.append(torch.stack([torch.sigmoid(vote[0][:, 0]) for vote in votes]).mean(0))
-        names.append(torch.stack([torch.softmax(vote[1], 1) for vote in votes]).mean(0))
+        mirrored = [finder(seen.flip(-1), known.flip(-1)) for finder in finders]
+        lesions = [vote[0][:, 0] for vote in votes] + [vote[0][:, 0].flip(-1) for vote in mirrored]
+        maps.append(torch.stack(lesions).sigmoid().mean(0))
+        names.append(torch.stack([vote[1] for vote in votes + mirrored]).softmax(-1).mean(0))
     return torch.cat(maps).cpu().numpy(), torch.cat(names).cpu().numpy()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from helpers import data, degrade, metrics
+from helpers import data, degrade, metrics, results
 
 CAUSES = {
     "missed": "nothing is outlined",
@@ -73,6 +73,30 @@ def probabilities(findings):
 def detection(rows, findings):
     """Count lesions found and alarms: `helpers.metrics.detection` of findings."""
     return metrics.detection(rows, {name: finding.masks for name, finding in findings.items()})
+
+
+def record(pipeline, rows, findings, scores, seconds, **run):
+    """Write the result files of a pipeline: its outlines and its classes.
+
+    Args:
+        pipeline: helpers.pipeline.Pipeline.
+        rows: rows of an index.
+        findings: dict from image_id to Finding.
+        scores: DataFrame from `helpers.metrics.score` of the findings' masks.
+        seconds: what the findings took.
+        run: seed, fold, device and path, as for `helpers.results.save`.
+
+    Returns:
+        list of Path.
+    """
+    counted = metrics.detection_summary(detection(rows, findings))
+    details = {"detection": counted, "training": pipeline.trained}
+    run |= {"model": "automatic pipeline", "seconds": seconds, "details": details}
+    shares = probabilities(findings)
+    return [
+        results.save(scores, rows, prompt="predicted box", **run),
+        results.save_classes(shares, rows, prompt="image with predicted mask", **run),
+    ]
 
 
 def decisions(rows, findings):

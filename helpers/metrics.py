@@ -155,16 +155,20 @@ def detection(rows, masks, overlap=0.5):
 
 
 def detection_summary(found):
-    """Sum `detection` up: dict of lesion-level `sensitivity`, and false alarms per image of each kind.
+    """Sum `detection` up, as means over lesions and over images.
 
-    What no image can tell is NaN.
+    Returns:
+        dict of `sensitivity` and `false_alarms_per_lesion_image`, and `false_alarms_per_normal_image`;
+        what the images can't tell, for want of such a class, is left out.
     """
     lesion, normal = found[found.label != "normal"], found[found.label == "normal"]
-    return {
-        "sensitivity": lesion.found.sum() / lesion.lesions.sum() if len(lesion) else np.nan,
-        "false_alarms_per_lesion_image": lesion.false_alarms.mean(),
-        "false_alarms_per_normal_image": normal.false_alarms.mean(),
-    }
+    summed = {}
+    if len(lesion):
+        summed["sensitivity"] = float(lesion.found.sum() / lesion.lesions.sum())
+        summed["false_alarms_per_lesion_image"] = float(lesion.false_alarms.mean())
+    if len(normal):
+        summed["false_alarms_per_normal_image"] = float(normal.false_alarms.mean())
+    return summed
 
 
 def summary(scores, metrics=SEGMENTATION, seed=0):

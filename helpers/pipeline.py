@@ -156,6 +156,10 @@ class Pipeline:
             warnings,
         )
 
+    def with_segmenter(self, segmenter):
+        """Return the same pipeline around another decoder of the same frozen encoder."""
+        return Pipeline(segmenter, self.finders, self.judge, self.rules, self.card)
+
     @property
     def trained(self):
         """The card without the names of the images, for result files."""

@@ -263,7 +263,8 @@ def load_all(path="", committed=False):
         and metric `<set>_<metric>` with `_low` and `_high` beside it, such as `lesions_dice_low` or
         `all_accuracy`; `score` with `low`, `high` and `score_name`, which is the Dice of lesion
         outlines or the accuracy of classes; `gain` with `gain_low` and `gain_high` over the ellipse;
-        `kept_<loss>` from the training. NaN where a row has no such figure.
+        `kept_<loss>` from the training; `sensitivity` to lesions and `false_alarms_per_normal_image` of a
+        pipeline. NaN where a row has no such figure.
 
     Raises:
         ValueError: a file is cut off or of another format.
@@ -341,6 +342,7 @@ def _flat(file):
         }
         kept = result["details"].get("training", {}).get("kept", {})
         flat |= {f"kept_{name}": value for name, value in kept.items()}
+        flat |= result["details"].get("detection", {})
         for part, values in result["summary"].items():
             for metric, value in values.items():
                 if metric != "images":

@@ -3,14 +3,14 @@ import pytest
 
 from helpers import crossfit, data, embeddings, finder, pipeline, sam
 
-TINY = {"epochs": 2, "batch_size": 4, "size": 32, "width": 8, "depth": 8, "views": 1}
+TINY = {"epochs": 2, "batch_size": 4, "size": 64, "depth": 8, "phantoms": 0}
 
 
 @pytest.fixture(scope="module")
 def parts(index, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crossfit")
     segmenter, rows = sam.load("tiny", "cpu"), data.split(index)
-    material = finder.prepare(segmenter, rows, folder, views=1, size=32)
+    material = finder.prepare(segmenter, rows, folder, views=1, size=64)
     return segmenter, material, embeddings.embed_rows(segmenter, rows, folder), folder
 
 

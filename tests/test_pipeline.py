@@ -16,7 +16,7 @@ def built():
 
     torch.manual_seed(0)
     segmenter = sam.load("tiny", "cpu")
-    finders = [finder.Finder(segmenter_channels(segmenter), 32, 8, 8).eval() for _ in range(2)]
+    finders = [finder.Finder(segmenter_channels(segmenter), 64, 8).eval() for _ in range(2)]
     rng = np.random.default_rng(0)
     measures = len(diagnosis.MEASURES)
     doubts = {label: np.sort(rng.random(40)) for label in data.LABELS}
