@@ -261,8 +261,7 @@ def _phantoms(choices, channels, folder):
         lesions[0, number, 0] = _share(data.read_truth(row), choices.size)
     nothing = torch.zeros((), dtype=torch.float16)
     features = nothing.expand(1, len(rows), channels, *2 * [choices.size // GRID])
-    made_of = ["phantoms", channels]
-    return Material(rows.reset_index(drop=True), pixels, features, lesions, _labels(rows), made_of)
+    return Material(rows.reset_index(drop=True), pixels, features, lesions, _labels(rows), [])
 
 
 def see(image, embedding, size):
@@ -335,25 +334,40 @@ def fit(material, picked, folder="", mixed=False, **choices):
             f"the material holds {held[0]} views of {held[1]} pixels, the choices ask for "
             f"{choices.views} of {choices.size}; prepare it with those"
         )
-    parts = [VERSION, dataclasses.asdict(choices), material.made_of, data.signature(rows), mixed]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    parts = [dataclasses.asdict(choices), material.made_of, data.signature(rows), mixed]
+
+    def train():
+        channels = material.features.shape[2]
+        start = choices.phantoms and _learn_from_phantoms(channels, folder, mixed, choices)
+        return _train(material, picked, choices, mixed, start or None)
+
+    return _kept(folder, parts, train)
+
+
+def _kept(folder, parts, train):
+    """Return finder and history of the run that the parts name; it is trained where there is none yet."""
+    key = hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()[:16]
     run = data.cache_folder(folder) / "finders" / key
     if (run / "finder.safetensors").exists():
         print(f"this run was finished before; it is read from {run}")
     else:
-        start = _learn_from_phantoms(material, folder, mixed, choices) if choices.phantoms else None
-        finder, history = _train(material, picked, choices, mixed, start)
+        finder, history = train()
         data.write_whole(run / "history.csv", pd.DataFrame(history).to_csv(index=False).encode())
         save(finder, run / "finder.safetensors")
     return load(run / "finder.safetensors"), pd.read_csv(run / "history.csv")
 
 
-def _learn_from_phantoms(material, folder, mixed, choices):
+def _learn_from_phantoms(channels, folder, mixed, choices):
     """Train on synthetic images first; the run is kept and serves every split of the real ones."""
-    first = dataclasses.asdict(choices) | {"epochs": choices.phantom_epochs, "views": 1}
-    made = _phantoms(choices, material.features.shape[2], folder)
-    print(f"first {len(made.rows)} synthetic images, then the training images")
-    return fit(made, range(len(made.rows)), folder, mixed, **first | {"phantoms": 0})[0]
+    first = dataclasses.replace(choices, epochs=choices.phantom_epochs, phantoms=0, views=1)
+
+    def train():
+        made = _phantoms(choices, channels, folder)
+        print(f"first {len(made.rows)} synthetic images, then the training images")
+        return _train(made, torch.arange(len(made.rows)), first, mixed, None)
+
+    made_of = ["phantoms", synthetic.VERSION, choices.phantoms, channels]
+    return _kept(folder, [dataclasses.asdict(first), made_of, mixed], train)[0]
 
 
 def _train(material, picked, choices, mixed, start):
@@ -472,13 +486,18 @@ def predict(finders, pixels, features, batch_size=16):
     device = next(finders[0].parameters()).device
     maps, names = [], []
     for start in range(0, len(pixels), batch_size):
-        seen = pixels[start : start + batch_size].to(device).float() / 255
-        known = features[start : start + batch_size].to(device).float()
-        votes = [finder.eval()(seen, known) for finder in finders]
-        mirrored = [finder(seen.flip(-1), known.flip(-1)) for finder in finders]
-        lesions = [vote[0][:, 0] for vote in votes] + [vote[0][:, 0].flip(-1) for vote in mirrored]
-        maps.append(torch.stack(lesions).sigmoid().mean(0))
-        names.append(torch.stack([vote[1] for vote in votes + mirrored]).softmax(-1).mean(0))
+        parts = pixels[start : start + batch_size], features[start : start + batch_size]
+        seen, known = (
+            torch.cat([part, part.flip(-1)]).to(
+                device, torch.float32, memory_format=torch.channels_last
+            )
+            for part in parts
+        )
+        votes = [finder.eval()(seen / 255, known) for finder in finders]
+        lesions, classes = (torch.stack(answers) for answers in zip(*votes))
+        direct, mirrored = lesions.sigmoid().mean(0)[:, 0].chunk(2)
+        maps.append((direct + mirrored.flip(-1)) / 2)
+        names.append(torch.stack(classes.softmax(-1).mean(0).chunk(2)).mean(0))
     return torch.cat(maps).cpu().numpy(), torch.cat(names).cpu().numpy()
 
 
@@ -516,4 +535,5 @@ def load(path):
         ) from None
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no finder of helpers.finder: {error}") from error
-    return finder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return finder.to(device, memory_format=torch.channels_last).eval()

@@ -3,6 +3,7 @@
 import io
 import zlib
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -32,6 +33,25 @@ def mask_to_box(mask):
 def truth_boxes(rows):
     """Return a dict from image_id to the box of the truth, for rows of lesion images."""
     return {row.image_id: mask_to_box(data.read_truth(row)) for row in rows.itertuples()}
+
+
+def mask_boxes(masks):
+    """Return the boxes of predicted masks.
+
+    Args:
+        masks: dict from image_id to bool (H, W).
+
+    Returns:
+        dict from image_id to the box of the mask's largest 8-connected part, without the images whose
+        mask is empty.
+    """
+    boxes = {}
+    for name, mask in masks.items():
+        count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+        if count > 1:
+            largest = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+            boxes[name] = mask_to_box(parts == largest)
+    return boxes
 
 
 def typical_boxes(train, rows):

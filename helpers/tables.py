@@ -20,6 +20,8 @@ EXPECTED = (
     ("05_vgg16_classification", "image with ground-truth mask", "VGG-16"),
     ("05_vgg16_classification", "ground-truth outline alone", "solidity"),
     ("05_vgg16_classification", "image alone", "embedding"),
+    ("07_automatic_pipeline", "predicted box", "automatic pipeline"),
+    ("07_automatic_pipeline", "image with predicted mask", "automatic pipeline"),
 )
 # The table of the reference project: mean losses, and of VGG-16 the accuracy, on validation images.
 PUBLISHED = (
@@ -129,6 +131,41 @@ def leakage_table(results, fold=0, seed=0, source="BUSI"):
     return pd.DataFrame(lines, columns=titles)
 
 
+def folds_table(results, model="automatic pipeline", seed=0, source="BUSI"):
+    """Show a pipeline on each test fold, each time trained without it, and the mean over the folds.
+
+    Args:
+        results: DataFrame from `load_all`.
+        model: its name.
+        seed, source: as for `select`.
+
+    Returns:
+        DataFrame of text, one row per fold that was judged, and with all five their mean: test fold, and
+        on it mean Dice of lesion images, lesions found, false alarms per normal image,
+        accuracy, malignant sensitivity and calibration error.
+    """
+    columns = {
+        "Dice": ("lesions_dice", ".3f"),
+        "Lesions found": ("sensitivity", ".0%"),
+        "False alarms per normal image": ("false_alarms_per_normal_image", ".2f"),
+        "Accuracy": ("all_accuracy", ".3f"),
+        "Malignant sensitivity": ("all_sensitivity", ".3f"),
+        "Calibration error": ("all_calibration_error", ".3f"),
+    }
+    wanted = {"model": model, "seed": seed, "source": source, "split": "grouped"}
+    rows = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    rows = rows[rows.images == rows.groupby("fold").images.transform("max")]
+    # The outlines' file and the classes' file of a fold fill each other's gaps.
+    names = [column for column, _ in columns.values()]
+    folds = rows.reindex(columns=["fold", *names]).groupby("fold").first()
+    if len(folds) == data.N_FOLDS:
+        folds.loc["mean"] = folds.mean()
+    table = {"Test fold": folds.index.astype(str)}
+    for title, (name, digits) in columns.items():
+        table[title] = ["" if pd.isna(value) else f"{value:{digits}}" for value in folds[name]]
+    return pd.DataFrame(table)
+
+
 def _on_both_splits(results, fold, seed, source):
     """Return the main score of each model that was judged on both splits."""
     results = results[results.source.eq(source) & results.fold.eq(fold) & results.seed.eq(seed)]
@@ -162,6 +199,11 @@ def conclusion(results, everything):
         lines.append(
             f"Without a box, {row.model} outlines best: Dice {told(row)} on lesion images. It marks "
             f"something on {1 - row.normal_dice:.0%} of the normal ones."
+        )
+    if (row := best("predicted box")) is not None:
+        lines.append(
+            f"With a box that it finds by itself, {row.model} outlines best: Dice {told(row)} on lesion "
+            f"images. It marks something on {1 - row.normal_dice:.0%} of the normal ones."
         )
     if (row := best("ground-truth box")) is not None:
         lines.append(
@@ -272,6 +314,7 @@ def readme_tables(results):
         "classes": class_table(select(results)),
         "published": beside_published(select(results)),
         "leakage": leakage_table(results),
+        "folds": folds_table(results),
         "tricks": tricks_table(),
     }
 

@@ -105,3 +105,17 @@ def test_the_card_says_what_it_was_trained_on(parts, fitted):
     assert card["training_images"] == (rows.fold != 0).sum()
     assert card["training_signature"] == data.signature(rows[rows.fold != 0])
     assert isinstance(fitted[0], pipeline.Pipeline)
+
+
+def test_the_model_card_states_the_figures_of_the_card(parts, fitted):
+    built = fitted[0]
+    text = crossfit.model_card(built, parts[1].rows)
+    card = built.card
+    assert f"{card['training_images']} images of synthetic" in text
+    assert card["training_signature"] in text
+    assert f"Dice {card['validation']['lesion_dice']:.3f}" in text
+    judged = fitted[1].drop_duplicates("group")
+    assert card["validation"]["lesion_dice"] == pytest.approx(
+        data.lesions(judged).dice.mean(), abs=1e-4
+    )
+    assert "{" not in text

@@ -82,6 +82,20 @@ def test_a_run_is_repeatable_and_read_when_finished(material, picked, folder, tm
         np.testing.assert_array_equal(names, answers[0][1])
 
 
+def test_phantoms_come_first_and_serve_every_split(material, picked, tmp_path, capsys):
+    choices = TINY | {"phantoms": 8, "phantom_epochs": 1, "epochs": 1}
+    taught, _ = finder.fit(material, picked, tmp_path, **choices)
+    assert "synthetic images, then the training images" in capsys.readouterr().out
+    finder.fit(material, picked[1:], tmp_path, **choices)
+    assert capsys.readouterr().out.count("finished before") == 1
+    plain, _ = finder.fit(material, picked, tmp_path, **choices | {"phantoms": 0})
+    answers = [
+        finder.predict([one], material.pixels[0], material.features[0])[0]
+        for one in (taught, plain)
+    ]
+    assert not np.allclose(*answers)
+
+
 def test_other_images_and_choices_make_other_runs(material, picked, folder, capsys):
     finder.fit(material, picked, folder, **TINY | {"seed": 5})
     finder.fit(material, picked[1:], folder, **TINY | {"seed": 5})
@@ -122,6 +136,15 @@ def test_the_answer_does_not_hang_on_the_batch(material, picked, folder):
     for many, one in zip(together, single):
         np.testing.assert_allclose(many, one, atol=1e-5)
     np.testing.assert_allclose(together[1].sum(1), 1, rtol=1e-5)
+
+
+def test_the_mirror_image_is_asked_too(material, picked, folder):
+    found, _ = finder.fit(material, picked, folder, **TINY)
+    asked = material.pixels[0, :3], material.features[0, :3]
+    maps, names = finder.predict([found], *asked)
+    mirrored, same = finder.predict([found], *(part.flip(-1) for part in asked))
+    np.testing.assert_allclose(mirrored, maps[..., ::-1], atol=1e-5)
+    np.testing.assert_allclose(same, names, atol=1e-5)
 
 
 def test_finders_decide_together(material, picked, folder):

@@ -178,3 +178,38 @@ def test_a_folder_goes_on_after_a_bad_file(built, index, tmp_path, capsys):
 def test_a_folder_without_images_says_so(built, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file ends in \.png"):
         pipeline.run_folder(built, [], tmp_path / "out")
+
+
+def test_the_pipeline_in_the_package_works_at_once(image):
+    assert sum(path.stat().st_size for path in pipeline.WEIGHTS.iterdir()) <= 10e6
+    loaded = pipeline.load()
+    card = (pipeline.WEIGHTS / "README.md").read_text()
+    assert f"{loaded.card['training_images']} images of BUSI" in card
+    assert len(loaded.card["trained_on"]) == loaded.card["training_images"]
+    finding = loaded.segment(image)
+    assert finding.mask.shape == image.shape[:2]
+    assert sum(finding.probabilities.values()) == pytest.approx(1)
+
+
+def test_images_that_it_was_trained_on_are_refused(built, index):
+    rows = data.lesions(index).head(3)
+    known = {"data": "synthetic", "trained_on": [rows.image_id[1]], "test_fold": 0}
+    other = pipeline.Pipeline(built.segmenter, built.finders, built.judge, built.rules, known)
+    with pytest.raises(ValueError, match="trained on 1 of these 3 images, such as 'benign"):
+        other.check_unseen(rows)
+    other.check_unseen(rows.drop(index=1))
+    other.check_unseen(rows.assign(source="BUS-BRA"))  # other images of the same names
+
+
+def test_another_decoder_of_the_same_encoder_may_outline(built, image):
+    import copy
+
+    import torch
+
+    other = copy.deepcopy(built.segmenter)
+    with torch.no_grad():
+        for weight in other.network.model.mask_decoder.parameters():
+            weight.mul_(0.5)
+    changed = built.with_segmenter(other).segment(image)
+    np.testing.assert_array_equal(changed.lesion_map, built.segment(image).lesion_map)
+    assert not np.allclose(changed.probability, built.segment(image).probability)

@@ -153,3 +153,13 @@ def test_empty_masks(index):
     assert list(masks) == index.image_id.head(2).tolist()
     assert not any(mask.any() for mask in masks.values())
     assert masks[index.image_id[0]].shape == data.image_shape(index.iloc[0])
+
+
+def test_the_largest_part_of_a_predicted_mask_gives_the_box():
+    mask = np.zeros((40, 60), bool)
+    mask[5:10, 5:10] = True
+    mask[20:30, 30:50] = True
+    mask[30, 50] = True  # touches by its corner
+    found = prompts.mask_boxes({"two": mask, "none": np.zeros((40, 60), bool)})
+    assert list(found) == ["two"]
+    assert found["two"].tolist() == [30, 20, 50, 30]

@@ -45,7 +45,7 @@ def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch
     save((scores, rows), tmp_path / "results")
     readme = tmp_path / "README.md"
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
-    names = ("results", "classes", "published", "leakage", "tricks")
+    names = ("results", "classes", "published", "leakage", "folds", "tricks")
     readme.write_text("before\n" + "between\n".join(map(block.format, names)) + "after\n")
     (tmp_path / "results/tricks.csv").write_text(
         "trick,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
@@ -112,6 +112,27 @@ def test_the_published_table_stands_beside_ours(filled):
     assert table.loc["U-Net", "Ours, validation"] == "0.6000"
     assert table.loc["VGG-16", "On the test fold"] == "accuracy 1.000"
     assert table.loc["SAM", "Ours, training"] == "missing"
+
+
+def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_path):
+    _, everything = filled
+    assert tables.folds_table(everything, source="synthetic").empty
+    for fold in range(5):
+        rows = data.split(index, fold)
+        scores = metrics.score(rows, prompts.empty_masks(rows))
+        scores.loc[scores.label != "normal", "dice"] = 0.5 + fold / 10
+        found = {"sensitivity": 0.8, "false_alarms_per_normal_image": 0.25}
+        run = {"model": "automatic pipeline", "seconds": 1, "fold": fold, "path": tmp_path}
+        results.save(scores, rows, prompt="predicted box", details={"detection": found}, **run)
+        truth = np.eye(3)[[data.LABELS.index(label) for label in rows.label]]
+        results.save_classes(truth, rows, prompt="image with predicted mask", **run)
+        table = tables.folds_table(results.load_all(tmp_path), source="synthetic")
+        assert len(table) == (fold + 1 if fold < 4 else 6)
+    assert table["Test fold"].tolist() == ["0", "1", "2", "3", "4", "mean"]
+    assert table.Dice.tolist() == ["0.500", "0.600", "0.700", "0.800", "0.900", "0.700"]
+    assert table["Lesions found"].iloc[-1] == "80%"
+    assert table["False alarms per normal image"].iloc[-1] == "0.25"
+    assert table.Accuracy.iloc[-1] == "1.000"
 
 
 def test_what_is_missing_names_its_notebook(filled):
