@@ -36,7 +36,7 @@ tool: no medical device, and never the ground for a decision about a patient.
   group: Dice {lesion_dice:.3f} on lesion images, accuracy {accuracy:.3f}, calibration error
   {calibration_error:.3f}. Each finder answered alone there; here they decide together. For the test fold see
   `results/`.
-- **Limits**: one hospital, no patient ids; lymph nodes of the axilla are mostly missed; of colour Doppler
+- **Limits**: one hospital, no patient ids; lymph nodes of the axilla come out worst; of colour Doppler
   it has seen nothing, and it says so.
 - **Made by** `make pipeline`; the finders' epochs took {minutes:.0f} minutes, added up.
 """

@@ -298,7 +298,8 @@ def load_busbra(root):
 def external(split, limit=0):
     """Return the rows of an external test: BUS-BRA's, or those of the test fold where it is not given.
 
-    Says in print which, and why.
+    Says in print which, and why. The column `split` says "external", so that no table ranks them beside
+    results of the test fold.
 
     Args:
         split: DataFrame from `split`.
@@ -308,10 +309,12 @@ def external(split, limit=0):
         FileNotFoundError: $BUSBRA_DIR is set, and BUS-BRA is not there.
     """
     root = os.environ.get("BUSBRA_DIR")
-    if not root:
+    if root:
+        rows = load_busbra(root).assign(subset="test")
+    else:
         print("BUSBRA_DIR is not set: the test fold takes the place of an external test")
-        return scored(split, "test", limit)
-    return scored(load_busbra(root).assign(subset="test", split="external"), "test", limit)
+        rows = split
+    return scored(rows, "test", limit).assign(split="external")
 
 
 def _either(root, *names):

@@ -12,9 +12,9 @@ from helpers import data, degrade, metrics, results
 CAUSES = {
     "missed": "nothing is outlined",
     "several lesions": "the truth has several parts",
-    "wrong structure": "what is outlined overlaps the truth by less than a tenth (IoU)",
+    "wrong structure": "an IoU with the truth below a tenth",
     "calipers": "an operator's marks are burned in",
-    "shadow": "most of what is too much is darker than the lesion, and below its middle",
+    "shadow": "the excess is mostly dark, and below the lesion",
     "border": "the right structure, another border",
 }
 

@@ -658,8 +658,14 @@ def uncertainty(row, finding):
         shown = cell.imshow(values, cmap="magma", vmin=0, vmax=1)
         figure.colorbar(shown, ax=cell, shrink=0.8)
         cell.set_title(caption, fontsize=9)
-    sure = ", ".join(f"{value:.2f}" for value in finding.confidence) or "none"
-    return _finish(figure, row, f"{row.image_id}, expected Dice {sure}")
+    return _finish(figure, row, f"{row.image_id}: {_found(finding)}")
+
+
+def _found(finding):
+    count = len(finding.masks)
+    lesions = {0: "no lesion outlined", 1: "one lesion"}.get(count, f"{count} lesions")
+    sure = ", ".join(f"{value:.2f}" for value in finding.confidence)
+    return f"{lesions}, expected Dice {sure}" if sure else lesions
 
 
 def degradations(image, mask, row):
@@ -733,13 +739,10 @@ def report(image, finding):
     )
     cell.imshow(image)
     cell.set_axis_off()
-    for mask, box, sure in zip(finding.masks, finding.boxes, finding.confidence):
+    for mask, box in zip(finding.masks, finding.boxes):
         _contour(cell, mask, PREDICTION)
         _rectangle(cell, box)
-        cell.text(box[0], box[1], f"expected Dice {sure:.2f}", color=BOX, fontsize=8, va="bottom")
-    found = len(finding.masks)
-    lesions = {0: "no lesion outlined", 1: "one lesion"}.get(found, f"{found} lesions")
-    cell.set_title("\n".join([lesions, *finding.warnings]), fontsize=9, wrap=True)
+    cell.set_title("\n".join([_found(finding), *finding.warnings]), fontsize=9, wrap=True)
     for label, share in finding.probabilities.items():
         kept = label in finding.possible
         drawn = bars.barh(label, share, color=LABEL_COLOURS[label], alpha=1 if kept else 0.4)

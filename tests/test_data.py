@@ -452,6 +452,20 @@ def test_busbra(busbra):
     assert set(index.source) == {"BUS-BRA"}
 
 
+def test_an_external_test_takes_busbra_where_it_is_given(busbra, index, monkeypatch, capsys):
+    split = data.split(index)
+    monkeypatch.delenv("BUSBRA_DIR", raising=False)
+    rows = data.external(split)
+    assert "BUSBRA_DIR is not set" in capsys.readouterr().out
+    assert list(rows.image_id) == list(data.scored(split).image_id)
+    assert set(rows.split) == {"external"}
+    monkeypatch.setenv("BUSBRA_DIR", str(busbra))
+    assert data.external(split).image_id.tolist() == ["bus_0001-l", "bus_0002-l"]
+    monkeypatch.setenv("BUSBRA_DIR", str(busbra / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="no bus_data.csv"):
+        data.external(split)
+
+
 def test_broken_busbra(busbra):
     next(busbra.glob("[Ii]mages/bus_0002-l.png")).unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 files, [Ii]mages/bus_0002-l.png"):
