@@ -14,6 +14,7 @@ os.environ |= {
     "NB_SYNTHETIC_IMAGES": "8",
     "NB_CHECKPOINT": "tiny",
     "NB_LIMIT": "6",
+    "NB_DEGRADED": "1",
     "NB_EPOCHS": "2",
     "NB_UNET_WIDTH": "2",
     "NB_UNET_SIZE": "32",

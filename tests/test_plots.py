@@ -3,9 +3,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import data, metrics, outline, plots, prompts, results
+from helpers import data, findings, metrics, outline, pipeline, plots, prompts, results
 
-OF_NO_IMAGE = {"circles", "circle_curves", "move_circle", "loss_and_score"}
+OF_NO_IMAGE = {"circles", "circle_curves", "move_circle", "loss_and_score", "report"}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,27 @@ def scores(rows, masks):
     return metrics.score(rows, masks)
 
 
+@pytest.fixture(scope="module")
+def found(masks):
+    """What a pipeline might have found: the masks."""
+    shares = {"normal": 0.1, "benign": 0.7, "malignant": 0.2}
+    return {
+        name: pipeline.Finding(
+            [mask],
+            np.array([prompts.mask_to_box(mask)]),
+            shares,
+            ("benign", "malignant"),
+            [0.91],
+            mask.astype(np.float32),
+            mask.astype(np.float32) / 2,
+            ("a warning",),
+        )
+        for name, mask in masks.items()
+    }
+
+
 @pytest.fixture
-def figures(index, rows, boxes, masks, scores, tmp_path):
+def figures(index, rows, boxes, masks, scores, found, tmp_path):
     """Every figure that the module draws, by name."""
     measured = data.measure(index)
     ellipse = lambda boxes: prompts.fill_ellipses(rows, boxes)  # noqa: E731
@@ -39,6 +58,8 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
     results.save(scores, rows, model="m", prompt="jittered box", seconds=0, path=tmp_path)
     image = data.read_image(rows.image_path[0])
     classes = np.full((len(rows), 3), 1 / 3)
+    failed = findings.failures(rows, found, scores, below=1.1)
+    levels = pd.concat([scores.assign(kind="blur", level=level) for level in (0, 4)])
     return {
         "label_counts": plots.label_counts(index),
         "image_sizes": plots.image_sizes(measured),
@@ -72,6 +93,12 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
         "calibration": plots.calibration({"model": classes}, rows, bins=2),
         "paired_differences": plots.paired_differences(scores, scores.assign(dice=0.5)),
         "comparison": plots.comparison(results.load_all(tmp_path)),
+        "failures": plots.failures(failed, found, "Failures"),
+        "confidence_curve": plots.confidence_curve(findings.confidence(scores, found), rows),
+        "uncertainty": plots.uncertainty(rows.iloc[0], found[rows.image_id[0]]),
+        "degradations": plots.degradations(image, masks[rows.image_id[0]], rows.iloc[0]),
+        "degradation_curves": plots.degradation_curves(levels, rows),
+        "means_by": plots.means_by(findings.by(scores, "label"), "label", rows, "By label"),
     }
 
 
@@ -155,3 +182,16 @@ def test_a_class_without_images_has_no_roc(rows):
     figure = plots.roc_curves({"model": np.full((len(rows), 3), 1 / 3)}, rows)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert [label.partition(",")[0] for label in labels] == ["benign", "malignant"]
+
+
+def test_a_report_names_answer_lesions_and_warnings(rows, found):
+    name = rows.image_id[0]
+    figure = plots.report(data.read_image(rows.image_path[0]), found[name])
+    assert "uncertain: ask a radiologist" in figure.get_suptitle()
+    cell, bars = figure.axes
+    assert cell.get_title() == "one lesion, expected Dice 0.91\na warning"
+    assert bars.get_title() == "possible: benign or malignant"
+
+
+def test_no_failure_draws_no_figure(rows, found, scores):
+    assert plots.failures(findings.failures(rows, found, scores, below=0), found, "None") is None
