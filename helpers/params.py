@@ -28,7 +28,7 @@ SETTINGS = {
     "HEAD_EPOCHS": "passes of the embedding classifier over the training images",
     "PIPELINE": "folder of an automatic pipeline; empty means the one in the package",
     "IMAGE": "an image of your own: PNG, JPEG or DICOM",
-    "DEGRADED": "lesion images that are shown as other scanners would",
+    "DEGRADED": "held-out images; those with a lesion are shown as other scanners would",
     "PROCESSES": "GPUs that share the fine-tuning",
     "CACHE": "folder for image embeddings and fine-tuned weights; empty means ~/.cache",
     "DRAW": "show the widget to draw a box on; no where nobody is there to draw",
