@@ -338,8 +338,10 @@ def fit(material, picked, folder="", mixed=False, **choices):
 
     def train():
         channels = material.features.shape[2]
-        start = choices.phantoms and _learn_from_phantoms(channels, folder, mixed, choices)
-        return _train(material, picked, choices, mixed, start or None)
+        start = None
+        if choices.phantoms:
+            start = _learn_from_phantoms(channels, folder, mixed, choices)
+        return _train(material, picked, choices, mixed, start)
 
     return _kept(folder, parts, train)
 

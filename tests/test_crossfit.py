@@ -96,6 +96,8 @@ def test_the_level_of_normal_weighs_alarms_against_misses():
     assert 0.65 <= level < 0.72
     worthless = crossfit.choose_normal(labels, np.zeros(8), normal)
     assert worthless < 0.3  # outlines that are worth nothing cost only alarms
+    both = np.array(["normal", "benign"]), np.array([0.0, 0.6]), np.array([0.52, 0.52])
+    assert crossfit.choose_normal(*both) > 0.5  # a good outline outweighs one alarm
 
 
 def test_the_card_says_what_it_was_trained_on(parts, fitted):
