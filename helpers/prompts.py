@@ -42,15 +42,15 @@ def mask_boxes(masks):
         masks: dict from image_id to bool (H, W).
 
     Returns:
-        dict from image_id to the box of the mask's largest 8-connected part, without the images whose
-        mask is empty.
+        dict from image_id to the box of the mask's largest 8-connected part, at least 2 pixels wide and
+        high as a segmenter wants it, without the images whose mask is empty.
     """
     boxes = {}
     for name, mask in masks.items():
         count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
         if count > 1:
             largest = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
-            boxes[name] = mask_to_box(parts == largest)
+            boxes[name] = jitter_box(mask_to_box(parts == largest), mask.shape, pixels=0, key=name)
     return boxes
 
 

@@ -163,3 +163,11 @@ def test_the_largest_part_of_a_predicted_mask_gives_the_box():
     found = prompts.mask_boxes({"two": mask, "none": np.zeros((40, 60), bool)})
     assert list(found) == ["two"]
     assert found["two"].tolist() == [30, 20, 50, 30]
+
+
+def test_a_predicted_line_gives_a_box_that_a_segmenter_takes():
+    for line in (np.s_[20, 30:50], np.s_[30:35, 0], np.s_[39, 59]):
+        mask = np.zeros((40, 60), bool)
+        mask[line] = True
+        x_min, y_min, x_max, y_max = prompts.mask_boxes({"line": mask})["line"]
+        assert 0 <= x_min <= x_max - 1 < 59 and 0 <= y_min <= y_max - 1 < 39
