@@ -5,11 +5,11 @@ import zlib
 import numpy as np
 
 MAX_TURN = 10  # degrees: a probe is tilted, never upside down, for shadows fall down
-SCALES = (0.9, 1.1)
+SCALE = 0.1  # share
 BRIGHTNESS, CONTRAST = 0.2, 0.2  # shares: the gain and the dynamic range of another scanner
 
 
-def view(image, mask, number, key, seed=0):
+def view(image, mask, number, key, seed=0, strength=1.0):
     """Return one of an image's views, the same for the same arguments.
 
     Args:
@@ -19,6 +19,7 @@ def view(image, mask, number, key, seed=0):
             gain, each its own way, and odd ones mirrored.
         key: names the image, so that its views do not hang on which others are seen.
         seed: of the views from 2 on.
+        strength: of turn, scale and gain; 1 is usual, 0 mirrors only.
 
     Returns:
         (uint8 (H, W, 3), bool (H, W) or None).
@@ -35,8 +36,12 @@ def view(image, mask, number, key, seed=0):
 
     change = v2.Compose(
         [
-            v2.RandomAffine(MAX_TURN, scale=SCALES, interpolation=v2.InterpolationMode.BILINEAR),
-            v2.ColorJitter(brightness=BRIGHTNESS, contrast=CONTRAST),
+            v2.RandomAffine(
+                MAX_TURN * strength,
+                scale=[1 + SCALE * strength * side for side in (-1, 1)],
+                interpolation=v2.InterpolationMode.BILINEAR,
+            ),
+            v2.ColorJitter(brightness=BRIGHTNESS * strength, contrast=CONTRAST * strength),
         ]
     )
     pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))

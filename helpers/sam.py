@@ -258,16 +258,16 @@ class Segmenter:
         """
         return {name: self.predict(embeddings[name], box) > 0.5 for name, box in boxes.items()}
 
-    def fit(self, train, val, folder="", **choices):
+    def fit(self, train, val, folder="", report=None, **choices):
         """Fine-tune on boxes drawn from the truth, and keep the best epoch's weights.
 
         By default the usual recipe: Adam at 1e-5 on the mask decoder, Dice + cross-entropy, 20
-        epochs. See `helpers.training.fit` for what it returns and raises, and
+        epochs. See `helpers.training.fit` for `report`, what it returns and raises, and
         `helpers.training.Choices` for the keywords.
         """
         from helpers import training
 
-        return training.fit(self, train, val, folder, **choices)
+        return training.fit(self, train, val, folder, report, **choices)
 
     def save(self, folder):
         """Write weights and settings so that `load(folder)` gives this segmenter again.

@@ -119,7 +119,7 @@ class Choices:
             raise ValueError(f"average is {self.average}; it must be 0 or more, and below 1")
 
 
-def fit(segmenter, train, val, folder="", **choices):
+def fit(segmenter, train, val, folder="", report=None, **choices):
     """Fine-tune a segmenter on boxes drawn from the truth; it ends with the best epoch's weights.
 
     The best epoch has the highest mean Dice on `val`; epoch 0, the weights as they came, takes part.
@@ -131,6 +131,8 @@ def fit(segmenter, train, val, folder="", **choices):
         train: rows of an index. Rows with an empty mask are left out, counted and named.
         val: rows of an index to choose the epoch by; never the test fold.
         folder: for embeddings and runs; "" is `helpers.data.cache_folder()`.
+        report: called after each epoch with the history so far, a list of dicts; what it raises ends
+            the training.
         choices: the fields of `Choices`.
 
     Returns:
@@ -146,7 +148,7 @@ def fit(segmenter, train, val, folder="", **choices):
         MemoryError: the memory ran out; says which setting to lower.
         OSError: the folder can't be written to.
     """
-    return _Run(segmenter, train, val, folder, Choices(**choices)).train()
+    return _Run(segmenter, train, val, folder, Choices(**choices), report).train()
 
 
 def fit_in_process(checkpoint, precision, train, val, folder="", choices=None):
@@ -190,7 +192,7 @@ class _Forward(torch.nn.Module):
 class _Run:
     """One fine-tuning run; `train` is all that `fit` calls."""
 
-    def __init__(self, segmenter, train, val, folder, choices):
+    def __init__(self, segmenter, train, val, folder, choices, report=None):
         self.rank, self.world = 0, 1
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -201,7 +203,7 @@ class _Run:
             )
         data.check_apart(train, val)
         self.segmenter, self.network, self.choices = segmenter, segmenter.network, choices
-        self.folder = folder
+        self.folder, self.report = folder, report
         self.mixed = choices.mixed_precision
         if self.mixed is None:
             self.mixed = segmenter.precision == "bfloat16"
@@ -283,6 +285,8 @@ class _Run:
                 ]
                 self._epoch(epoch, examples, progress)
                 progress.set_postfix_str(f"val Dice {self.history[-1]['val_dice']:.3f}")
+                if self.report:
+                    self.report(self.history)
 
     # What an example holds
 

@@ -6,6 +6,7 @@ KERAS_BACKEND=torch; the input pipeline is `tf.data` with both.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -74,6 +75,11 @@ CPU_WIDTH = 16
 LEVELS = 4  # of pooling, so that an image side must be a multiple of 16
 ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = {
+    "adamw": keras.optimizers.AdamW,
+    "rmsprop": keras.optimizers.RMSprop,
+    "sgd": functools.partial(keras.optimizers.SGD, momentum=0.9),
+}
 # What did best on the validation images of fold 0 on two cores; notebook 04 shows it against the reference.
 VALIDATED = {
     "loss": "dice+ce",
@@ -109,8 +115,9 @@ class Choices:
         phantom_epochs: passes over them.
         epochs: passes over the training images.
         batch_size: images per step.
-        learning_rate: of AdamW, at the start.
-        weight_decay: of AdamW; with 0 it is Adam.
+        optimizer: "adamw", "rmsprop" or "sgd" (momentum 0.9).
+        learning_rate: of the optimiser, at the start.
+        weight_decay: of the optimiser; AdamW with 0 is Adam.
         schedule: "constant", or "cosine" down to 0.
         average: decay of an exponential moving average of the weights, which is then what is
             validated and kept; 0 for none.
@@ -130,6 +137,7 @@ class Choices:
     phantom_epochs: int = 8
     epochs: int = 50
     batch_size: int = 8
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: str = "constant"
@@ -142,6 +150,7 @@ class Choices:
         for name, allowed in (
             ("activation", ACTIVATIONS),
             ("loss", tuple(LOSSES)),
+            ("optimizer", tuple(OPTIMIZERS)),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
         ):
@@ -367,7 +376,7 @@ def _augmented(images, masks, choices, step):
     return images, tf.round(move(masks))
 
 
-def fit(train, val, folder="", **choices):
+def fit(train, val, folder="", report=None, **choices):
     """Train a U-Net; it ends with the weights of the best epoch by mean Dice on `val`.
 
     The run is kept in a folder of its own, named by data and choices. A stopped run goes on after its
@@ -377,6 +386,8 @@ def fit(train, val, folder="", **choices):
         train: rows of an index; normal images take part with their empty mask.
         val: rows of an index to choose the epoch by; never the test fold.
         folder: for the runs; "" is `helpers.data.cache_folder()`.
+        report: called after each epoch with the history so far, a list of dicts; what it raises ends
+            the training.
         choices: the fields of `Choices`.
 
     Returns:
@@ -399,7 +410,7 @@ def fit(train, val, folder="", **choices):
         print(f"this run was finished before; it is read from {finished}")
     else:
         run.mkdir(parents=True, exist_ok=True)
-        _train(train, val, choices, run, folder)
+        _train(train, val, choices, run, folder, report)
     history = pd.read_csv(table)
     history["best"] = history.epoch == history.epoch[history.val_dice.idxmax()]
     return load(finished), history.assign(source=train.source.iloc[0])
@@ -416,7 +427,7 @@ def _key(train, val, choices):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _train(train, val, choices, run, folder):
+def _train(train, val, choices, run, folder, report):
     steps = max(1, len(train) // choices.batch_size)
     state, table, best = run / "state.keras", run / "history.csv", run / "best.weights.h5"
     if state.exists():
@@ -430,7 +441,7 @@ def _train(train, val, choices, run, folder):
         compile_network(network, choices, choices.epochs * steps)
     images, masks = pixels(val, choices.size)
     validation = tf.data.Dataset.from_tensor_slices((images / np.float32(255), masks))
-    keep = _Keep(history, state, table, best, choices.epochs, choices.seed)
+    keep = _Keep(history, state, table, best, choices, report)
     network.fit(
         batches(train, choices, done * steps),
         validation_data=validation.batch(choices.batch_size),
@@ -463,7 +474,7 @@ def compile_network(network, choices, steps):
     rate = choices.learning_rate
     if choices.schedule == "cosine":
         rate = keras.optimizers.schedules.CosineDecay(rate, steps)
-    optimizer = keras.optimizers.AdamW(
+    optimizer = OPTIMIZERS[choices.optimizer](
         rate,
         weight_decay=choices.weight_decay,
         use_ema=choices.average > 0,
@@ -478,12 +489,16 @@ def compile_network(network, choices, steps):
 class _Keep(keras.callbacks.Callback):
     """Keeps the history, the best weights, and a state to resume from."""
 
-    def __init__(self, history, state, table, best, epochs, seed):
+    def __init__(self, history, state, table, best, choices, report):
         super().__init__()
-        self.seed = seed
+        self.seed, self.report = choices.seed, report
         self.history, self.state, self.table, self.best = history, state, table, best
         self.progress = tqdm(
-            total=epochs, initial=len(history), desc="training", unit="epoch", file=sys.stdout
+            total=choices.epochs,
+            initial=len(history),
+            desc="training",
+            unit="epoch",
+            file=sys.stdout,
         )
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -511,6 +526,8 @@ class _Keep(keras.callbacks.Callback):
         self.history.append(row | {"seconds": round(time.perf_counter() - self.start, 2)})
         self.progress.set_postfix_str(f"val Dice {row['val_dice']:.3f}")
         self.progress.update()
+        if self.report:
+            self.report(self.history)
 
     def on_train_end(self, logs=None):
         self.progress.close()

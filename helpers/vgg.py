@@ -4,6 +4,7 @@ K. Simonyan, A. Zisserman, "Very deep convolutional networks", ICLR 2015; torchv
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -24,13 +25,26 @@ from tqdm import tqdm
 from helpers import augment, data, synthetic
 from helpers.sam import multiplies_bfloat16
 
-VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
+VERSION = 2  # raise it with every change that gives other numbers: older runs are then not resumed
 WRITE_EVERY = 300  # seconds between two states on disk, which take 2 GB each
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
 RATES = {"imagenet": 2e-5, "phantoms": 1e-4, "scratch": 1e-4}  # of AdamW, by the start
+ACTIVATIONS = {
+    "relu": torch.nn.ReLU,
+    "gelu": torch.nn.GELU,
+    "silu": torch.nn.SiLU,
+    "leaky_relu": torch.nn.LeakyReLU,
+}
+OPTIMIZERS = {
+    # Fused: ten times as fast a step, of 134 million weights.
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "adam": functools.partial(torch.optim.Adam, fused=True),
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, fused=True),
+}
 CPU_SIZE = 96
 WIDTH = 64
 LEAST = 32  # pixels: five poolings leave one
+LOSSES = ("ce", "focal")
 TINT = (255, 40, 40)  # RGB of the mask overlay
 
 
@@ -46,14 +60,18 @@ class Choices:
             every layer, and knows no ImageNet weights.
         phantoms: synthetic images per class, where it starts from them.
         phantom_epochs: passes over them.
-        augment: another view of each image in every epoch, as in `helpers.augment.view`.
+        activation: "relu", as published, "gelu", "silu" or "leaky_relu".
+        augment: another view of each image in every epoch, as in `helpers.augment.view`, of this
+            strength; 0 is none.
+        loss: "ce" (cross entropy) or "focal" (T.-Y. Lin et al., ICCV 2017; MONAI's, gamma 2).
         balance: weigh each class by the inverse of its share in the loss.
         epochs: passes over the training images.
         batch_size: images per step.
-        learning_rate: of AdamW, which falls along a cosine; None: `RATES`.
+        optimizer: "adamw", "adam" or "sgd" (momentum 0.9).
+        learning_rate: at the start, from where it falls along a cosine; None: `RATES`.
         weight_decay: of the optimiser.
         precision: "float32", "bfloat16", or "auto": bfloat16 where it is native.
-        seed: of the weights, the order, the dropout and the views.
+        seed: of the random weights, the order, the dropout and the views; not of the run on phantoms.
     """
 
     weights: str = "scratch"
@@ -61,10 +79,13 @@ class Choices:
     width: int = WIDTH
     phantoms: int = 500
     phantom_epochs: int = 8
-    augment: bool = True
+    activation: str = "relu"
+    augment: float = 1.0
+    loss: str = "ce"
     balance: bool = True
     epochs: int = 50
     batch_size: int = 16
+    optimizer: str = "adamw"
     learning_rate: float | None = None
     weight_decay: float = 1e-2
     precision: str = "auto"
@@ -73,6 +94,9 @@ class Choices:
     def __post_init__(self):
         for name, allowed in (
             ("weights", tuple(RATES)),
+            ("activation", tuple(ACTIVATIONS)),
+            ("loss", LOSSES),
+            ("optimizer", tuple(OPTIMIZERS)),
             ("precision", ("auto", "float32", "bfloat16")),
         ):
             if getattr(self, name) not in allowed:
@@ -90,8 +114,9 @@ class Choices:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
+        for name in ("augment", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", RATES[self.weights])
         if self.learning_rate <= 0:
@@ -114,23 +139,29 @@ def default_size():
     return 224 if torch.cuda.is_available() else CPU_SIZE
 
 
-def build(imagenet=False, width=WIDTH, seed=0):
+def build(imagenet=False, width=WIDTH, seed=0, activation="relu"):
     """Build torchvision's VGG-16 with three outputs, in the order of `helpers.data.LABELS`.
 
     Args:
         imagenet: take ImageNet's weights for all but the last layer; else they are random.
         width: as in `Choices`.
         seed: of the random weights.
+        activation: as in `Choices`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if imagenet:
             network = vgg16(weights=VGG16_Weights.IMAGENET1K_V1)
             network.classifier[-1] = torch.nn.Linear(4096, len(data.LABELS))
-            return network
-        if width == WIDTH:
-            return vgg16(num_classes=len(data.LABELS))
-        return _scaled(width)
+        else:
+            full = width == WIDTH
+            network = vgg16(num_classes=len(data.LABELS)) if full else _scaled(width)
+    for part in (network.features, network.classifier):
+        for position, module in enumerate(part):
+            if isinstance(module, torch.nn.ReLU) and activation != "relu":
+                part[position] = ACTIVATIONS[activation]()
+    network.activation = activation  # goes into the file, for the weights don't tell
+    return network
 
 
 def _scaled(width):
@@ -145,6 +176,15 @@ def _scaled(width):
     network.classifier[0] = torch.nn.Linear(width * 8 * 7 * 7, hidden)
     network.classifier[3] = torch.nn.Linear(hidden, hidden)
     network.classifier[6] = torch.nn.Linear(hidden, len(data.LABELS))
+    for (
+        layer
+    ) in network.modules():  # start as torchvision does: torch's own start fades out on the way
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            torch.nn.init.zeros_(layer.bias)
+        elif isinstance(layer, torch.nn.Linear):
+            torch.nn.init.normal_(layer.weight, 0, 0.01)
+            torch.nn.init.zeros_(layer.bias)
     return network
 
 
@@ -181,7 +221,7 @@ def views(row, size, numbers, seed=0):
     return [augment.view(image, None, number, row.image_id, seed)[0] for number in numbers]
 
 
-def fit(train, val, masks=None, folder="", **choices):
+def fit(train, val, masks=None, folder="", report=None, **choices):
     """Train a VGG-16; it ends with the weights of the epoch with the lowest loss on `val`.
 
     The run is kept in a folder of its own, named by data and choices. A stopped run resumes there; a
@@ -192,6 +232,8 @@ def fit(train, val, masks=None, folder="", **choices):
         val: rows of an index to choose the epoch by; never the test fold.
         masks: as for `pictures`.
         folder: for the runs; "" is `helpers.data.cache_folder()`.
+        report: called after each epoch with the history so far, a list of dicts; what it raises ends
+            the training.
         choices: the fields of `Choices`.
 
     Returns:
@@ -206,13 +248,13 @@ def fit(train, val, masks=None, folder="", **choices):
         FloatingPointError: the loss is no finite number.
         OSError: the folder can't be written to.
     """
-    return _Run(train, val, masks, folder, Choices(**choices)).train()
+    return _Run(train, val, masks, folder, Choices(**choices), report).train()
 
 
 class _Run:
     """One training run; `train` is all that `fit` calls."""
 
-    def __init__(self, train, val, masks, folder, choices):
+    def __init__(self, train, val, masks, folder, choices, report=None):
         data.check_apart(train, val)
         data.check_classes(train)
         self.train_rows, self.val_rows, self.choices = train, val, choices
@@ -220,7 +262,7 @@ class _Run:
         self.mixed = choices.precision == "bfloat16" or (
             choices.precision == "auto" and multiplies_bfloat16(self.device)
         )
-        self.masks = masks
+        self.masks, self.report = masks, report
         self.base = folder
         self.folder = data.cache_folder(folder) / "vgg" / self._key()
 
@@ -263,11 +305,9 @@ class _Run:
         counts = torch.bincount(labels[0], minlength=len(data.LABELS))
         self.weight = (counts.sum() / counts / len(counts)).float() if choices.balance else None
         self.network = self._start().to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            choices.learning_rate,
-            weight_decay=choices.weight_decay,
-            fused=True,  # ten times as fast a step, of 134 million weights
+        self.loss = F.cross_entropy if choices.loss == "ce" else _focal
+        self.optimizer = OPTIMIZERS[choices.optimizer](
+            self.network.parameters(), lr=choices.learning_rate, weight_decay=choices.weight_decay
         )
         self.history, self.best, self.written = [], None, time.monotonic()
         self._read()
@@ -297,16 +337,22 @@ class _Run:
                 self._write()
                 progress.set_postfix_str(f"val loss {row['val_loss']:.3f}")
                 progress.update()
+                if self.report:
+                    self.report(self.history)
 
     def _start(self):
         choices = self.choices
         resumed = (self.folder / "state.pt").exists()
         if choices.weights != "phantoms" or resumed:
-            return build(choices.weights == "imagenet" and not resumed, choices.width, choices.seed)
+            imagenet = choices.weights == "imagenet" and not resumed
+            return build(imagenet, choices.width, choices.seed, choices.activation)
         train, val = synthetic.to_learn_from(choices.phantoms, self.base)
-        first = {"weights": "scratch", "epochs": choices.phantom_epochs}
+        shape = {
+            name: getattr(choices, name) for name in ("size", "width", "activation", "precision")
+        }
         print(f"first {len(train)} synthetic images, then the training images")
-        return fit(train, val, None, self.base, **dataclasses.asdict(choices) | first)[0]
+        # By the usual recipe, so that one run serves every recipe and seed on the real images.
+        return fit(train, val, None, self.base, epochs=choices.phantom_epochs, **shape)[0]
 
     def _targets(self, rows):
         return torch.tensor([data.LABELS.index(label) for label in rows.label])
@@ -330,7 +376,7 @@ class _Run:
                 target = labels[batch].to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, self.mixed):
                     logits = self.network(_normalise(seen, self.device)).float()
-                loss = F.cross_entropy(logits, target, weight)
+                loss = self.loss(logits, target, weight)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
                         f"the training loss of epoch {epoch} is {loss.item()}; lower learning_rate "
@@ -348,7 +394,8 @@ class _Run:
         if not self.choices.augment:
             return image
         key = self.train_rows.image_id.iloc[position]
-        return augment.view(image, None, epoch + 1, key, self.choices.seed)[0]
+        strength = self.choices.augment
+        return augment.view(image, None, epoch + 1, key, self.choices.seed, strength)[0]
 
     def _read(self):
         path = self.folder / "state.pt"
@@ -372,6 +419,14 @@ class _Run:
         torch.save(state | {"history": self.history, "best": self.best}, buffer)
         data.write_whole(self.folder / "state.pt", buffer.getbuffer())
         self.written = time.monotonic()
+
+
+def _focal(logits, target, weight=None):
+    """Return the mean focal loss of logits (N, 3) against classes (N,)."""
+    from monai.losses import FocalLoss
+
+    loss = FocalLoss(to_onehot_y=True, use_softmax=True, weight=weight, reduction="none")
+    return loss(logits, target[:, None]).sum(1).mean()
 
 
 def _normalise(pictures, device):
@@ -440,7 +495,7 @@ def explain(network, pictures):
 def save(network, path):
     """Write the weights to a .pt file, which appears whole or not at all."""
     buffer = io.BytesIO()
-    torch.save(network.state_dict(), buffer)
+    torch.save(network.state_dict() | {"activation": network.activation}, buffer)
     data.write_whole(path, buffer.getbuffer())
 
 
@@ -459,10 +514,11 @@ def load(path):
         ) from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} can't be read as weights: {error}") from error
+    activation = state.pop("activation", "relu") if isinstance(state, dict) else "relu"
     shapes = _shapes(state)
     width = shapes.get("features.0.weight", (WIDTH,))[0]
     with torch.device("meta"):
-        network = build(width=width)
+        network = build(width=width, activation=activation)
     if _shapes(network.state_dict()) != shapes:
         raise ValueError(
             f"{path} holds no VGG-16 with {len(data.LABELS)} classes but {len(shapes)} weights such as "

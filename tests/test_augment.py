@@ -52,3 +52,13 @@ def test_views_hang_on_key_number_and_seed_alone(image):
     assert (augment.view(image, np.ones((60, 90), bool), 2, "a")[0] == one).all()
     for other in ((4, "a", 0), (2, "b", 0), (2, "a", 1)):
         assert (augment.view(image, None, *other)[0] != one).any()
+
+
+def test_strength_scales_what_is_changed():
+    image = np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)
+    changes = [
+        np.abs(augment.view(image, None, 2, "a", strength=strength)[0].astype(int) - image).mean()
+        for strength in (0.0, 0.2, 1.0)
+    ]
+    assert changes[0] == 0
+    assert changes[0] < changes[1] < changes[2]

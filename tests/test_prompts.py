@@ -170,4 +170,5 @@ def test_a_predicted_line_gives_a_box_that_a_segmenter_takes():
         mask = np.zeros((40, 60), bool)
         mask[line] = True
         x_min, y_min, x_max, y_max = prompts.mask_boxes({"line": mask})["line"]
-        assert 0 <= x_min <= x_max - 1 < 59 and 0 <= y_min <= y_max - 1 < 39
+        assert 0 <= x_min <= x_max - 1 < 59
+        assert 0 <= y_min <= y_max - 1 < 39

@@ -216,11 +216,20 @@ def test_short_epochs_do_not_all_write_their_state(tiny, train, val, tmp_path, m
     monkeypatch.setattr(
         training._Run, "_write", lambda run: written.append(len(run.history)) or write(run)
     )
+    monkeypatch.setattr(training, "WRITE_EVERY", 3600)
     tiny.fit(train, val, tmp_path / "a", **FAST)
     assert written == [4]  # epochs 0 to 3, at the end
     monkeypatch.setattr(training, "WRITE_EVERY", 0)
     sam.load("tiny", device="cpu").fit(train, val, tmp_path / "b", **FAST)
     assert written == [4, 1, 2, 3, 4]
+
+
+def test_each_epoch_is_reported(tiny, train, val, tmp_path):
+    heard = []
+    history = tiny.fit(
+        train, val, tmp_path, lambda past: heard.append(past[-1]["val_dice"]), **FAST
+    )
+    assert heard == history.val_dice[1:].tolist()
 
 
 def test_a_finished_run_is_read(tiny, train, val, tmp_path, capsys, monkeypatch):

@@ -44,6 +44,7 @@ def test_activation_width_and_size_are_parameters():
         ({"size": 100}, "size is 100; 4 poolings need a multiple of 16"),
         ({"loss": "dice"}, "loss 'dice' is none of mse, dice"),
         ({"activation": "swish"}, "activation 'swish' is none of relu"),
+        ({"optimizer": "lion"}, "optimizer 'lion' is none of adamw, rmsprop, sgd"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"learning_rate": 0}, "learning_rate is 0; it must be above 0"),
         ({"augment": -1}, "augment is -1; it must be 0 or more"),
@@ -145,6 +146,26 @@ def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys, monkeypatch)
     assert "finished before" in capsys.readouterr().out
     assert all(map(np.array_equal, started[2], learnt))
     assert len(started) == 3
+
+
+def test_an_optimizer_is_a_choice():
+    kinds = {"adamw": "AdamW", "rmsprop": "RMSprop", "sgd": "SGD"}
+    for name, kind in kinds.items():
+        choices = unet.Choices(**TINY | {"optimizer": name, "weight_decay": 0.1, "average": 0.9})
+        network = unet.build(choices)
+        unet.compile_network(network, choices, 4)
+        assert type(network.optimizer).__name__ == kind
+        assert network.optimizer.weight_decay == 0.1
+        assert network.optimizer.use_ema
+
+
+def test_each_epoch_is_reported_and_may_end_the_training(rows, tmp_path):
+    def report(history):
+        if len(history) == 2:
+            raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError, match="enough"):
+        unet.fit(*rows, tmp_path, report, **TINY | {"epochs": 5})
 
 
 def test_a_finished_run_is_read(rows, tmp_path, capsys):

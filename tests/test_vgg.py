@@ -35,6 +35,10 @@ def test_the_network_is_torchvisions_vgg16():
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be above 0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be 0 or more"),
+        ({"augment": -1.0}, "augment is -1.0; it must be 0 or more"),
+        ({"activation": "swish"}, "activation 'swish' is none of relu, gelu"),
+        ({"optimizer": "lion"}, "optimizer 'lion' is none of adamw, adam, sgd"),
+        ({"loss": "hinge"}, "loss 'hinge' is none of ce, focal"),
     ],
 )
 def test_bad_choices_are_named(choices, message):
@@ -167,7 +171,7 @@ def test_augmentation_and_imagenet_weights_are_choices(rows, tmp_path, monkeypat
     for augment in (True, False):
         run = vgg._Run(*rows, None, tmp_path, vgg.Choices(**TINY | {"augment": augment}))
         assert np.array_equal(run._view(picture, 1, 0), picture) != augment
-    monkeypatch.setattr(vgg, "build", lambda pretrained, width, seed: pretrained)
+    monkeypatch.setattr(vgg, "build", lambda pretrained, *others: pretrained)
     run = vgg._Run(*rows, None, tmp_path, vgg.Choices(weights="imagenet"))
     assert run._start() is True
 
@@ -263,3 +267,36 @@ def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "broken.pt").write_bytes(b"no zip")
     with pytest.raises(ValueError, match="can't be read as weights"):
         vgg.load(tmp_path / "broken.pt")
+
+
+def test_an_activation_is_built_in_and_kept(tmp_path):
+    network = vgg.build(width=4, activation="gelu")
+    kinds = [type(layer) for part in (network.features, network.classifier) for layer in part]
+    assert kinds.count(torch.nn.GELU) == 15
+    assert torch.nn.ReLU not in kinds
+    vgg.save(network, tmp_path / "vgg.pt")
+    again = vgg.load(tmp_path / "vgg.pt")
+    picture = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3), np.uint8)
+    np.testing.assert_allclose(vgg.predict(again, picture), vgg.predict(network, picture))
+    torch.save(network.state_dict(), tmp_path / "older.pt")  # as they were before, of ReLU
+    assert isinstance(vgg.load(tmp_path / "older.pt").features[1], torch.nn.ReLU)
+
+
+def test_focal_loss_weighs_by_what_is_missing():
+    logits, target = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), torch.tensor([0, 1])
+    share = torch.softmax(logits, 1)[[0, 1], target]
+    expected = ((1 - share) ** 2 * -share.log()).mean()
+    torch.testing.assert_close(vgg._focal(logits, target), expected)
+
+
+def test_optimizer_loss_and_strength_change_what_is_learnt(rows, tmp_path):
+    change = {"optimizer": "sgd", "loss": "focal", "augment": 0.5}
+    heard, losses = [], set()
+    for name, value in [("epochs", 2), *change.items()]:
+        choices = TINY | {name: value}
+        _, history = vgg.fit(
+            *rows, folder=tmp_path, report=lambda past: heard.append(len(past)), **choices
+        )
+        losses.add(history.train_loss.iloc[-1])
+    assert len(losses) == 4
+    assert heard == [1, 2] * 4
