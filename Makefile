@@ -39,9 +39,9 @@ benchmark: .venv/installed ## time embedding, fine-tuning, the U-Net's input and
 clean: ## remove .venv and executed/
 	rm -rf .venv executed
 
-.venv/installed: requirements.txt constraints.txt pyproject.toml
+.venv/installed: requirements.txt requirements-scale.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; say make PYTHON=python3.12 ...")'
 	@echo "Installing into .venv (first time only): about 3 minutes, 8 GB"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt -e .
+	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-scale.txt -c constraints.txt -e .
 	@touch $@

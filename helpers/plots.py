@@ -727,6 +727,149 @@ def means_by(table, column, rows, title):
     return _finish(figure, rows, title)
 
 
+def value_strips(table, rows, measure, title):
+    """Panels, one per choice: the mean score of each value with its interval over seeds.
+
+    Args:
+        table: DataFrame from `helpers.search.by_value`.
+        rows: rows of the index, for the title.
+        measure: "Dice" or "accuracy".
+        title: of the figure.
+    """
+    choices = list(table.choice.unique())
+    columns = min(3, len(choices))
+    lines = -(-len(choices) // columns)
+    figure, cells = plt.subplots(
+        lines,
+        columns,
+        figsize=(3.6 * columns, 1.9 * lines + 0.8),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    for cell in cells.flat[len(choices) :]:
+        cell.set_axis_off()
+    for cell, choice in zip(cells.flat, choices):
+        part = table[table.choice == choice]
+        for place, row in enumerate(part.itertuples()):
+            colour = BOX if row.default else PREDICTION
+            spread = [[row.mean - row.low], [row.high - row.mean]]
+            cell.errorbar(row.mean, place, xerr=spread, fmt="o", color=colour, capsize=3)
+        names = [
+            f"{value} (failed)" if not runs else str(value)
+            for value, runs in zip(part.value, part.runs)
+        ]
+        cell.set_yticks(range(len(part)), names)
+        cell.set_ylim(len(part) - 0.4, -0.6)
+        cell.set_title(choice.replace("_", " "), fontsize=10)
+    seen = table[["mean"]].dropna()["mean"]
+    edge = max(0.02, 0.4 * (seen.max() - seen.min()))  # three seeds can have a very wide interval
+    cells[0, 0].set_xlim(seen.min() - edge, seen.max() + edge)
+    figure.supxlabel(
+        f"validation {measure}, 95 % interval over seeds; blue: the default", fontsize=10
+    )
+    return _finish(figure, rows, title)
+
+
+def trial_curves(trials, rows, measure, title):
+    """Score against epoch of every trial of a search, the best in front.
+
+    Args:
+        trials: DataFrame from `helpers.search.sample`.
+        rows: rows of the index, for the title.
+        measure: "Dice" or "accuracy".
+        title: of the figure.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    best = trials.score.idxmax() if trials.score.notna().any() else None
+    looks = {
+        "finished": ("#999999", "-", "run to the end"),
+        "stopped early": (BOX, "-", "stopped early by ASHA"),
+        "failed": (LABEL_COLOURS["malignant"], ":", "failed"),
+    }
+    for place, trial in trials.iterrows():
+        colour, style, _ = looks[trial.outcome.partition(":")[0]]
+        epochs = np.arange(1, len(trial.curve) + 1)
+        axes.plot(epochs, trial.curve, style, color=colour, linewidth=1, marker=".", markersize=4)
+        if place == best:
+            axes.plot(epochs, trial.curve, color=PREDICTION, linewidth=2.4, zorder=3, label="best")
+    for outcome in trials.outcome.str.partition(":")[0].unique():
+        colour, style, label = looks[outcome]
+        axes.plot([], [], style, color=colour, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", ylabel=f"validation {measure}")
+    axes.legend(frameon=False, fontsize=9)
+    return _finish(figure, rows, title)
+
+
+def parallel_coordinates(trials, rows, measure, title):
+    """A line per trial through the values of its choices to its score, coloured by the score.
+
+    Args:
+        trials: DataFrame from `helpers.search.sample`; those without a score are left out.
+        rows: rows of the index, for the title.
+        measure: "Dice" or "accuracy".
+        title: of the figure.
+    """
+    scored = trials[trials.score.notna()].sort_values("score")
+    settings = [dict(setting) for setting in scored.setting]
+    names = list(settings[0]) if settings else []
+    figure, axes = plt.subplots(figsize=(1.5 * len(names) + 3, 4), layout="constrained")
+    places = []
+    for column, name in enumerate(names):
+        heights, marks = _heights([setting[name] for setting in settings])
+        places.append(heights)
+        for height, mark in marks.items():
+            axes.text(column - 0.05, height, mark, fontsize=8, ha="right", va="center", zorder=4)
+    low, high = scored.score.min(), scored.score.max()
+    last = (scored.score - low) / max(high - low, 1e-9)
+    for height, mark in ((0.0, low), (1.0, high)):
+        axes.text(len(names) + 0.05, height, f"{mark:.3f}", fontsize=8, va="center")
+    colours = plt.colormaps["viridis_r"](last.to_numpy())
+    for line, colour in zip(zip(*places, last), colours):
+        axes.plot(line, color=colour, alpha=0.8, linewidth=1.4)
+    for column in range(len(names) + 1):
+        axes.axvline(column, color="#bbbbbb", linewidth=0.8, zorder=0)
+    titles = [name.replace("_", "\n") for name in names] + [f"validation\n{measure}"]
+    axes.set_xticks(range(len(titles)), titles)
+    axes.set_xlim(-0.6, len(names) + 0.5)
+    axes.set_yticks([])
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    return _finish(figure, rows, title)
+
+
+def _heights(values):
+    """Place the values of one choice between 0 and 1; also return what to write at which height."""
+    numeric = all(isinstance(value, float) for value in values) and len(set(values)) > 1
+    if not numeric:
+        known = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+        place = {value: k / max(1, len(known) - 1) for k, value in enumerate(known)}
+        return [place[value] for value in values], {place[v]: str(v) for v in known}
+    low, high = min(values), max(values)
+    log = low > 0 and high / low > 10
+    scale = np.log if log else np.asarray
+    heights = (scale(values) - scale(low)) / (scale(high) - scale(low))
+    return heights, {0.0: f"{low:.2g}", 1.0: f"{high:.2g}"}
+
+
+def importance(shares, rows, title):
+    """Bars: the share of the score's variance that each choice explains.
+
+    Args:
+        shares: dict from `helpers.search.importance`.
+        rows: rows of the index, for the title.
+        title: of the figure.
+    """
+    figure, axes = plt.subplots(figsize=(6, 0.4 * len(shares) + 1.4), layout="constrained")
+    names = [name.replace("_", " ") for name in shares]
+    axes.bar_label(axes.barh(names, list(shares.values()), color=BOX), fmt=" %.2f")
+    axes.set(xlabel="share of the variance of the score (fANOVA)", xlim=(0, 1.1))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    return _finish(figure, rows, title)
+
+
 def report(image, finding):
     """Two panels: the frame with what was found in it, and the probability of each class.
 

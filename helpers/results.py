@@ -178,6 +178,52 @@ def save_classes(
     return _write(result, rows, settings or {}, details or {}, **run)
 
 
+def save_trials(trials, train, val, *, name, model, measure, settings, path=""):
+    """Write the trials of a search; the file appears whole or not at all.
+
+    Args:
+        trials: DataFrame from `helpers.search.grid` or `helpers.search.sample`.
+        train, val: rows of the index that were learnt from and that gave the scores.
+        name: of the search; with the data's source it names the file.
+        model: the model's name, such as "U-Net".
+        measure: what the score is: "Dice" or "accuracy".
+        settings: dict of what all trials share.
+        path: folder of result files, as for `folder`; trials lie in `trials/` there.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        OSError: the file can't be written; what stood there before is untouched.
+    """
+    source = val.source.iloc[0]
+    header = {
+        "format": FORMAT,
+        "model": model,
+        "measure": measure,
+        "data": {
+            "source": source,
+            "split": val.split.iloc[0] if "split" in val else "none",
+            "train": {"images": len(train), "signature": data.signature(train)},
+            "val": {"images": len(val), "signature": data.signature(val)},
+        },
+        "settings": settings,
+        "date": datetime.date.today().isoformat(),
+    }
+    # Each trial notes device and versions, for a cluster may mix them; mostly all are the same.
+    machines = trials[["device", "versions"]].to_dict("records")
+    known = [machine for k, machine in enumerate(machines) if machine not in machines[:k]]
+    rows = trials.drop(columns=["device", "versions"]).assign(
+        score=trials.score.astype(object).where(trials.score.notna(), None),
+        machine=[known.index(machine) for machine in machines],
+    )
+    lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows.to_dict("records"))
+    text = json.dumps(header | {"machines": known}, indent=1).removesuffix("\n}")
+    target = folder(path) / "trials" / f"{source}-{name}.json".lower().replace(" ", "-")
+    data.write_whole(target, f'{text},\n "trials": [\n{lines}\n ]\n}}\n'.encode())
+    return target
+
+
 def _known(prompt, allowed):
     if prompt not in allowed:
         raise ValueError(f"prompt {prompt!r} is none of {allowed}")

@@ -3,9 +3,11 @@
 `python -m helpers.tables`, which is `make table`, writes README's.
 """
 
+import json
+
 import pandas as pd
 
-from helpers import data
+from helpers import data, search
 from helpers.results import INPUTS, PROMPTS, folder, load_all, select
 
 # What the comparison wants to see: the notebook that makes it, the prompt, a part of the model's name.
@@ -307,6 +309,56 @@ def tricks_table(path=""):
     return pd.DataFrame(columns)
 
 
+def tuned_table(path=""):
+    """Lay out what retrained recipes score on the test fold, from the files of `helpers.search.read_test`.
+
+    Args:
+        path: folder of result files, as for `folder`; the files lie in `tuned/` there.
+
+    Returns:
+        DataFrame of text: model, recipe, images, which score, its mean over seeds with the interval over
+        groups, each seed's, and the gain over the default on the same images.
+    """
+    parts = {}
+    for file in sorted((folder(path) / "tuned").glob("*.json")):
+        result = json.loads(file.read_text())
+        model, _, recipe = result["model"].partition(", ")
+        images = pd.DataFrame(
+            {
+                name: values
+                for name, values in result["per_image"].items()
+                if name in ("image_id", "label", "group", "dice")
+            }
+        )
+        if result["task"] == "classification":
+            found = pd.DataFrame(result["per_image"]["probability"]).idxmax(axis=1)
+            images["score"] = (found == images.label).astype(float)
+        else:
+            images = images[images.label != "normal"].rename(columns={"dice": "score"})
+        images = images.assign(recipe=recipe, seed=result["seed"])
+        parts.setdefault((model, result["task"]), []).append(images)
+    rows = []
+    for (model, task), each in parts.items():
+        scores = pd.concat(each, ignore_index=True)
+        for row in search.compare(scores, "default").to_dict("records"):
+            seeds = [value for name, value in row.items() if name.startswith("seed ")]
+            gain = ""
+            if row["recipe"] != "default":
+                gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
+            rows.append(
+                {
+                    "Model": model,
+                    "Recipe": row["recipe"],
+                    "Images": str(scores.image_id.nunique()),
+                    "Score": "accuracy" if task == "classification" else "Dice",
+                    "Mean of the seeds": f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+                    "Each seed": ", ".join(f"{value:.3f}" for value in seeds),
+                    "Gain over the default": gain,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def readme_tables(results):
     """Return the tables of README by the name of their block, from the frame of `load_all`."""
     return {
@@ -316,6 +368,7 @@ def readme_tables(results):
         "leakage": leakage_table(results),
         "folds": folds_table(results),
         "tricks": tricks_table(),
+        "tuned": tuned_table(),
     }
 
 

@@ -48,7 +48,42 @@ def found(masks):
 
 
 @pytest.fixture
-def figures(index, rows, boxes, masks, scores, found, tmp_path):
+def trials():
+    """Trials of a search, as `helpers.search.sample` returns them."""
+    rows = [
+        (0.01, "relu", [0.2, 0.5], 0.5, "finished"),
+        (0.1, "gelu", [0.3], 0.3, "stopped early"),
+        (10.0, "gelu", [], np.nan, "failed: the loss became nan"),
+    ]
+    return pd.DataFrame(
+        {
+            "setting": {"learning_rate": rate, "activation": activation},
+            "curve": curve,
+            "score": score,
+            "outcome": outcome,
+        }
+        for rate, activation, curve, score, outcome in rows
+    )
+
+
+@pytest.fixture
+def values():
+    """What each value gave, as `helpers.search.by_value` returns it; one value failed throughout."""
+    return pd.DataFrame(
+        {
+            "choice": ["loss", "loss", "width", "width"],
+            "value": ["dice", "mse", 4, 8],
+            "default": [True, False, True, False],
+            "runs": [3, 0, 3, 1],
+            "mean": [0.5, np.nan, 0.5, 0.6],
+            "low": [0.4, np.nan, 0.4, np.nan],
+            "high": [0.6, np.nan, 0.6, np.nan],
+        }
+    )
+
+
+@pytest.fixture
+def figures(trials, values, index, rows, boxes, masks, scores, found, tmp_path):
     """Every figure that the module draws, by name."""
     measured = data.measure(index)
     ellipse = lambda boxes: prompts.fill_ellipses(rows, boxes)  # noqa: E731
@@ -98,6 +133,10 @@ def figures(index, rows, boxes, masks, scores, found, tmp_path):
         "uncertainty": plots.uncertainty(rows.iloc[0], found[rows.image_id[0]]),
         "degradations": plots.degradations(image, masks[rows.image_id[0]], rows.iloc[0]),
         "degradation_curves": plots.degradation_curves(levels, rows),
+        "value_strips": plots.value_strips(values, rows, "Dice", "One at a time"),
+        "trial_curves": plots.trial_curves(trials, rows, "Dice", "Curves"),
+        "parallel_coordinates": plots.parallel_coordinates(trials, rows, "Dice", "Settings"),
+        "importance": plots.importance({"learning_rate": 0.9, "loss": 0.1}, rows, "Importance"),
         "means_by": plots.means_by(findings.by(scores, "label"), "label", rows, "By label"),
     }
 
@@ -195,3 +234,24 @@ def test_a_report_names_answer_lesions_and_warnings(rows, found):
 
 def test_no_failure_draws_no_figure(rows, found, scores):
     assert plots.failures(findings.failures(rows, found, scores, below=0), found, "None") is None
+
+
+def test_a_value_that_failed_and_the_default_are_marked(values, rows):
+    loss, width = plots.value_strips(values, rows, "Dice", "One at a time").axes[:2]
+    assert [text.get_text() for text in loss.get_yticklabels()] == ["dice", "mse (failed)"]
+    colours = [container.lines[0].get_color() for container in width.containers]
+    assert colours == [plots.BOX, plots.PREDICTION]
+
+
+def test_the_best_trial_stands_out_and_outcomes_are_named(trials, rows):
+    [axes] = plots.trial_curves(trials, rows, "Dice", "Curves").axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["best", "run to the end", "stopped early by ASHA", "failed"]
+    [best] = [line for line in axes.lines if line.get_label() == "best"]
+    assert best.get_ydata().tolist() == [0.2, 0.5]
+
+
+def test_parallel_lines_lead_to_the_score(trials, rows):
+    [axes] = plots.parallel_coordinates(trials, rows, "Dice", "Settings").axes
+    lines = [line.get_ydata() for line in axes.lines if len(line.get_ydata()) == 3]
+    np.testing.assert_allclose(sorted(line.tolist() for line in lines), [[0, 1, 1], [1, 0, 0]])

@@ -1,0 +1,255 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+
+from helpers import cluster, data, results, search
+
+FAST = {"epochs": 2, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def lesions(index):
+    return data.lesions(data.split(index))
+
+
+@pytest.fixture
+def task(lesions, tmp_path):
+    train, val = lesions[lesions.subset == "train"], data.scored(lesions, "val")
+    return search.Task("decoder", train, val, FAST, checkpoint="tiny", folder=tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_ends():
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+def trials(*rows):
+    """A table as `grid` gives it, from (setting, score)."""
+    return pd.DataFrame(
+        [
+            {
+                "setting": setting,
+                "score": score,
+                "epoch": 2,
+                "curve": [0.1, score],
+                "outcome": "failed: the loss became nan" if np.isnan(score) else "finished",
+                "seconds": 1.0,
+                "device": "CPU",
+                "versions": {"python": "3"},
+            }
+            for setting, score in rows
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((2, 1), "range from 2 to 1 is empty"), ((0, 1, True), "from 0 to 1 has no logarithm")],
+)
+def test_an_empty_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        search.Range(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {"learning_speed": [1.0]},
+            "'learning_speed' is no choice of decoder; choose among epochs,",
+        ),
+        ({"loss": []}, "no value for 'loss'; list at least one"),
+        ({}, "the search space is empty"),
+        ({"loss": ["dice", "hinge"]}, "loss 'hinge' is none of dice"),
+        ({"learning_rate": search.Range(-1.0, 1.0)}, "learning_rate is -1.0; it must be above 0"),
+    ],
+)
+def test_a_faulty_space_is_refused_before_anything_starts(task, space, message, monkeypatch):
+    monkeypatch.delattr(cluster, "start")
+    with pytest.raises(ValueError, match=message):
+        search.sample(task, space, 2, "faulty")
+    assert not (task.folder / "searches").exists()
+
+
+def test_an_unknown_model_or_fixed_choice_is_refused(task):
+    with pytest.raises(ValueError, match="model 'resnet' is none of decoder, unet, vgg"):
+        search.Task("resnet", task.train, task.val)
+    with pytest.raises(ValueError, match="'width' is no choice of decoder"):
+        search.Task("decoder", task.train, task.val, {"width": 4})
+
+
+def test_one_choice_at_a_time_leaves_the_rest(task):
+    factors = {"batch_size": [1, 2, 4], "loss": ["dice", "dice+ce"]}
+    plan = search.one_at_a_time(task, factors, (0, 1))
+    expected = [{}, {"batch_size": 1}, {"batch_size": 4}, {"loss": "dice"}]
+    assert plan == [setting | {"seed": seed} for setting in expected for seed in (0, 1)]
+
+
+def test_values_are_summed_up_over_seeds(task):
+    factors = {"batch_size": [1, 2]}
+    table = search.by_value(
+        task,
+        trials(
+            ({"seed": 0}, 0.5),
+            ({"seed": 1}, 0.7),
+            ({"batch_size": 1, "seed": 0}, 0.4),
+            ({"batch_size": 1, "seed": 1}, np.nan),
+        ),
+        factors,
+    )
+    usual, other = table.to_dict("records")
+    assert (usual["value"], usual["default"], usual["runs"], usual["failed"]) == (2, True, 2, 0)
+    assert usual["mean"] == pytest.approx(0.6)
+    # Student's t with one degree of freedom: 12.706 standard errors of 0.1.
+    assert usual["low"] == pytest.approx(0.6 - 1.2706, abs=1e-3)
+    assert (other["value"], other["runs"], other["failed"], other["mean"]) == (1, 1, 1, 0.4)
+    assert np.isnan(other["low"])
+
+
+def test_the_winner_is_the_best_that_did_not_fail():
+    table = trials(({"loss": "mse"}, np.nan), ({"loss": "dice", "seed": 1}, 0.6), ({}, 0.5))
+    assert search.winner(table) == {"loss": "dice"}
+    with pytest.raises(ValueError, match="all 1 trials failed; the first: failed: the loss"):
+        search.winner(table.head(1))
+
+
+def test_importance_finds_the_choice_that_matters():
+    generator = np.random.default_rng(0)
+    rates, losses = 10 ** generator.uniform(-5, -1, 40), generator.choice(["a", "b"], 40)
+    table = trials(
+        *(
+            ({"learning_rate": rate, "loss": loss}, 0.5 + 0.1 * np.log10(rate))
+            for rate, loss in zip(rates.tolist(), losses.tolist())
+        )
+    )
+    shares = search.importance(table)
+    assert list(shares) == ["learning_rate", "loss"]
+    assert shares["learning_rate"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+    assert search.importance(table.assign(score=0.5)) == {}
+    with pytest.raises(ValueError, match="1 of 1 trials have a score; two are needed"):
+        search.importance(table.head(1))
+
+
+def test_recipes_are_compared_on_the_same_images():
+    rows = [
+        {"recipe": recipe, "seed": seed, "image_id": k, "group": k, "score": 0.1 * k + gain}
+        for recipe, gain in (("default", 0.0), ("winner", 0.2))
+        for seed in (0, 1)
+        for k in range(5)
+    ]
+    default, winner = search.compare(pd.DataFrame(rows), "default").to_dict("records")
+    assert default["mean"] == pytest.approx(0.2)
+    assert default["seed 1"] == pytest.approx(0.2)
+    assert winner["gain"] == pytest.approx(0.2)
+    assert winner["gain_low"] == pytest.approx(0.2)  # paired: the images' spread cancels
+    assert winner["low"] < winner["mean"] < winner["high"]
+
+
+def test_a_listed_search_is_run_kept_and_read_again(task, tmp_path, monkeypatch):
+    settings = [{"seed": 0}, {"learning_rate": 1e30, "seed": 0}]
+    table = search.grid(task, settings, "listed")
+    assert table.setting.tolist() == settings
+    assert table.outcome[0] == "finished"
+    assert len(table.curve[0]) == FAST["epochs"]
+    assert table.score[0] == pytest.approx(max(table.curve[0]))
+    assert table.outcome[1].startswith("failed: the loss became nan in epoch")
+    assert np.isnan(table.score[1])
+    assert table.versions[0]["torch"]
+
+    monkeypatch.delattr(cluster, "start")
+    pd.testing.assert_frame_equal(search.grid(task, settings, "listed"), table)
+    with pytest.raises(
+        ValueError, match="holds another search: its settings is .* choose another name"
+    ):
+        search.grid(task, settings[:1], "listed")
+    (tmp_path / "searches" / "foreign").mkdir()
+    (tmp_path / "searches" / "foreign" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="foreign holds something else; choose another name"):
+        search.grid(task, settings, "foreign")
+
+    kept = json.loads(search.save(task, table, "listed", tmp_path).read_text())
+    assert kept["trials"][0]["setting"] == {"seed": 0}
+    assert kept["trials"][1]["score"] is None
+    assert kept["machines"][kept["trials"][0]["machine"]]["versions"] == table.versions[0]
+    assert kept["data"]["val"]["signature"] == data.signature(task.val)
+
+
+def test_a_sampled_search_and_its_winner_on_the_test_fold(task, lesions, tmp_path):
+    space = {"learning_rate": search.Range(1e-5, 1e-3, log=True), "loss": ["dice", "dice+ce"]}
+    found = search.sample(task, space, 3, "sampled")
+    assert len(found) == 3
+    assert found.outcome.isin(["finished", "stopped early"]).all()
+    assert all(1e-5 <= setting["learning_rate"] <= 1e-3 for setting in found.setting)
+    assert found.learning_rates.nunique() == 3 if "learning_rates" in found else True
+
+    recipes = {"default": {}, "winner": search.winner(found)}
+    rows = data.scored(lesions, "test", 2)
+    read = search.read_test(task, recipes, rows, seeds=(0,), path=tmp_path / "tuned")
+    assert read.recipe.tolist() == ["default"] * len(rows) + ["winner"] * len(rows)
+    table = results.load_all(tmp_path / "tuned")
+    assert sorted(table.model) == ["mask decoder, default", "mask decoder, winner"]
+    means = read.groupby("recipe").score.mean()
+    assert table.set_index("model").score["mask decoder, winner"] == pytest.approx(
+        means["winner"], abs=1e-4
+    )
+
+
+SLOW = """
+import sys
+import pandas as pd
+from helpers import search
+
+task = pd.read_pickle(sys.argv[1])
+search.grid(task, [{"seed": seed} for seed in range(5)], "killed")
+"""
+
+
+def test_a_killed_search_goes_on_without_what_was_done(task, tmp_path):
+    slow = search.Task(
+        "decoder", task.train, task.val, FAST | {"epochs": 20}, "tiny", folder=tmp_path
+    )
+    pd.to_pickle(slow, tmp_path / "task.pkl")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SLOW, tmp_path / "task.pkl"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    runs, deadline = tmp_path / "training", time.monotonic() + 300
+
+    def wait_for(number):
+        while len(list(runs.glob("*.pt"))) < number:
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    wait_for(1)  # one trial is done: a worker dies, and the search goes on
+    family = psutil.Process(driver.pid).children(recursive=True)
+    workers = [each for each in family if "ImplicitFunc" in " ".join(each.cmdline())]
+    assert workers
+    workers[0].kill()
+    wait_for(3)
+    time.sleep(3)  # until the search has noted the third
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    psutil.wait_procs(family, timeout=20)
+    done = {path.name for path in runs.glob("*.pt")}
+    for name in done:
+        os.remove(runs / name)  # a trial that ran again would write it again
+
+    table = search.grid(slow, [{"seed": seed} for seed in range(5)], "killed")
+    assert sorted(setting["seed"] for setting in table.setting) == [0, 1, 2, 3, 4]
+    assert (table.outcome == "finished").all()
+    again = {path.name for path in runs.glob("*.pt")}
+    assert len(again) <= 5 - 3  # the three that were noted are not among them
