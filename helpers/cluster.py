@@ -1,8 +1,10 @@
 """Ray for the work that goes over several cores or machines: here, or on the cluster of $RAY_ADDRESS."""
 
+import contextlib
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 from helpers import data
@@ -21,7 +23,9 @@ THREADS = {
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_LOG_LEVEL": "CRITICAL",  # what goes wrong is raised
+    # What goes wrong is raised; the backend's notes would come as errors on stderr (ray-project/ray#57733).
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
@@ -59,7 +63,8 @@ def start(memory=256 * 2**20):
         _check_answers(address)
         package = {"env_vars": THREADS, "py_modules": [str(Path(__file__).parent)]}
         try:
-            ray.init(address, runtime_env=package, **quiet)
+            with _silent():
+                ray.init(address, runtime_env=package, **quiet)
         except Exception as error:  # of many kinds, by what the cluster refuses
             raise ConnectionError(
                 f"the cluster at RAY_ADDRESS {address!r} did not let this process join "
@@ -69,14 +74,15 @@ def start(memory=256 * 2**20):
         return ray
     memory = _room(memory)
     try:
-        ray.init(
-            "local",
-            num_cpus=os.cpu_count(),
-            object_store_memory=memory,
-            include_dashboard=False,
-            runtime_env={"env_vars": THREADS},
-            **quiet,
-        )
+        with _silent():
+            ray.init(
+                "local",
+                num_cpus=os.cpu_count(),
+                object_store_memory=memory,
+                include_dashboard=False,
+                runtime_env={"env_vars": THREADS},
+                **quiet,
+            )
     except Exception as error:  # bare, where one of Ray's processes did not start
         ray.shutdown()
         raise RuntimeError(
@@ -85,6 +91,20 @@ def start(memory=256 * 2**20):
             "in the temporary folder"
         ) from error
     return ray
+
+
+@contextlib.contextmanager
+def _silent():
+    """Drop what is written to the process's stderr, also from C++: Ray says there that it says nothing."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _check_answers(address):

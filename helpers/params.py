@@ -33,7 +33,6 @@ SETTINGS = {
     "TRIALS": "settings that each search tries",
     "TRIAL_IMAGES": "training images of a trial of the mask decoder",
     "VGG_EPOCHS": "passes of VGG-16 over the training images in a search",
-    "BULK_IMAGES": "phantom images that go through the bulk run",
     "DEGRADED": "held-out images; those with a lesion are shown as other scanners would",
     "PROCESSES": "GPUs that share the fine-tuning",
     "CACHE": "folder for image embeddings and fine-tuned weights; empty means ~/.cache",

@@ -870,6 +870,33 @@ def importance(shares, rows, title):
     return _finish(figure, rows, title)
 
 
+def scaling(runs):
+    """Two panels: seconds per image and peak memory against the number of images in a bulk run.
+
+    Args:
+        runs: list of dicts with `model`, `images`, `seconds_per_image` and `peak_memory_mb`.
+    """
+    figure, cells = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    models = list(dict.fromkeys(run["model"] for run in runs))
+    panels = {
+        "seconds_per_image": "milliseconds per image",
+        "peak_memory_mb": "peak memory of all processes (MB)",
+    }
+    for cell, (column, label) in zip(cells, panels.items()):
+        for model, colour in zip(models, (BOX, PREDICTION)):
+            part = [run for run in runs if run["model"] == model]
+            factor = 1000 if column == "seconds_per_image" else 1
+            heights = [factor * run[column] for run in part]
+            cell.plot([run["images"] for run in part], heights, "o-", color=colour, label=model)
+        cell.set(xscale="log", xlabel="images", ylabel=label)
+    cells[0].set_yscale("log")
+    cells[1].set_ylim(bottom=0)
+    cells[0].legend(frameon=False)
+    return _finish(
+        figure, None, "The cost of an image, and the memory, against the number of images"
+    )
+
+
 def report(image, finding):
     """Two panels: the frame with what was found in it, and the probability of each class.
 

@@ -315,13 +315,13 @@ def load_all(path="", committed=False):
     Raises:
         ValueError: a file is cut off or of another format.
     """
-    files = {file.name: file for file in _committed().glob("*.json")} if committed else {}
+    files = {file.name: file for file in committed_folder().glob("*.json")} if committed else {}
     files |= {file.name: file for file in folder(path).glob("*.json")}
     rows = pd.DataFrame([_flat(files[name]) for name in sorted(files)])
     return _with_score(rows) if len(rows) else rows
 
 
-def _committed():
+def committed_folder():
     """Return the folder of the project's own result files: in the checkout, else where pip put them."""
     installed = (
         Path(sysconfig.get_path("data")) / "share" / "breast-ultrasound-notebooks" / "results"

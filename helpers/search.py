@@ -470,7 +470,10 @@ def _search(task, name, plan, cpus=1, memory=MEMORY, at_once=None):
         _embed(task, plan)
         trials = _run(task, folder, plan, cpus, memory, at_once)
         data.write_whole(finished, json.dumps(trials).encode())
-    trials = pd.DataFrame(json.loads(finished.read_text()))
+    trials = json.loads(finished.read_text())
+    if "settings" in plan:  # in their order, and not as they ended
+        trials.sort(key=lambda trial: plan["settings"].index(trial["setting"]))
+    trials = pd.DataFrame(trials)
     return trials.assign(score=trials.score.astype(float))
 
 

@@ -29,7 +29,6 @@ os.environ |= {
     "NB_TRIALS": "2",
     "NB_TRIAL_IMAGES": "6",
     "NB_VGG_EPOCHS": "2",
-    "NB_BULK_IMAGES": "20",
     "NB_DRAW": "no",
     "NB_CACHE": CACHE.name,
     "NB_RESULTS": RESULTS.name,

@@ -56,7 +56,7 @@ def test_what_container_images_set_is_no_misspelling(monkeypatch):
 
 def test_unknown_setting():
     with pytest.raises(KeyError, match="did you mean SEED"):
-        param("SEEDS", 0)
+        param("SEEDD", 0)
 
 
 def test_every_setting_is_read_by_a_notebook():

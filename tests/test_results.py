@@ -199,7 +199,7 @@ def test_committed_files_stand_in_for_missing_ones(run, tmp_path, monkeypatch):
     save(run, committed, model="a", seconds=1)
     save(run, committed, model="b", seconds=2)
     save(run, own, model="a", seconds=3)
-    monkeypatch.setattr(results, "_committed", lambda: committed)
+    monkeypatch.setattr(results, "committed_folder", lambda: committed)
     frame = results.load_all(own, committed=True)
     assert dict(zip(frame.model, frame.seconds)) == {"a": 3, "b": 2}
     assert results.load_all(own).model.tolist() == ["a"]
