@@ -13,7 +13,7 @@ run: .venv/installed ## execute the notebooks into executed/, with index.html: a
 
 test: .venv/installed ## test everything, each notebook included: about 8 minutes on 2 cores
 	@echo "Testing helpers/ and every notebook on synthetic images: about 8 minutes on 2 cores"
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: .venv/installed ## check style: seconds
 	.venv/bin/ruff check
