@@ -7,8 +7,8 @@ PYTHON ?= python3
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/installed ## execute the notebooks into executed/, with index.html: about 3 hours
-	@echo "Executing the notebooks into executed/: about 3 hours on 2 cores, and the download of BUSI"
+run: .venv/installed ## execute the notebooks into executed/, with index.html: about 4 hours
+	@echo "Executing the notebooks into executed/: about 4 hours on 2 cores, and the download of BUSI"
 	.venv/bin/python -m helpers.run
 
 test: .venv/installed ## test everything, each notebook included: about 8 minutes on 2 cores

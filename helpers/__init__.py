@@ -24,6 +24,9 @@ Where to look:
 | `degrade` | a frame as another scanner would show it |
 | `outline` | what the outline alone gives away about the class |
 | `metrics` | segmentation and classification scores, a rule for every empty case, intervals |
+| `search` | hyper-parameters: many trainings with Ray Tune and Optuna, here or on a cluster |
+| `bulk` | a folder, a bucket or Parquet of images through a pipeline, here or on a cluster |
+| `cluster` | start Ray on this machine, or join a cluster |
 | `results` | one JSON per model and run: written, read, selected |
 | `tables` | what is made of them: the tables and the figure of README and notebook 06 |
 | `plots` | every figure of the notebooks |

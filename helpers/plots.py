@@ -871,30 +871,23 @@ def importance(shares, rows, title):
 
 
 def scaling(runs):
-    """Two panels: seconds per image and peak memory against the number of images in a bulk run.
+    """Two panels: milliseconds per image and peak memory against the number of images in a bulk run.
 
     Args:
-        runs: list of dicts with `model`, `images`, `seconds_per_image` and `peak_memory_mb`.
+        runs: list of dicts, as in `helpers.results.load_scaling`.
     """
     figure, cells = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    models = list(dict.fromkeys(run["model"] for run in runs))
-    panels = {
-        "seconds_per_image": "milliseconds per image",
-        "peak_memory_mb": "peak memory of all processes (MB)",
-    }
-    for cell, (column, label) in zip(cells, panels.items()):
-        for model, colour in zip(models, (BOX, PREDICTION)):
-            part = [run for run in runs if run["model"] == model]
-            factor = 1000 if column == "seconds_per_image" else 1
-            heights = [factor * run[column] for run in part]
-            cell.plot([run["images"] for run in part], heights, "o-", color=colour, label=model)
-        cell.set(xscale="log", xlabel="images", ylabel=label)
-    cells[0].set_yscale("log")
-    cells[1].set_ylim(bottom=0)
+    for model, colour in zip(dict.fromkeys(run["model"] for run in runs), (PREDICTION, BOX)):
+        part = [run for run in runs if run["model"] == model]
+        images = [run["images"] for run in part]
+        cells[0].plot(images, [run["ms_per_image"] for run in part], "o", color=colour, label=model)
+        cells[1].plot(images, [run["peak_mb"]["all"] for run in part], "o", color=colour)
+    for cell in cells:
+        cell.set(xscale="log", xlabel="images", ylim=(0, None))
+    cells[0].set(ylabel="milliseconds per image", yscale="log", ylim=(None, None))
+    cells[1].set_ylabel("peak memory of all processes (MB)")
     cells[0].legend(frameon=False)
-    return _finish(
-        figure, None, "The cost of an image, and the memory, against the number of images"
-    )
+    return _finish(figure, None, "Cost of an image, and memory, against the number of images")
 
 
 def report(image, finding):

@@ -330,6 +330,16 @@ def committed_folder():
     return own if (own.parent / "pyproject.toml").is_file() else installed
 
 
+def load_scaling():
+    """Return what bulk runs cost, from the project's own file that `tests/benchmarks/bulk.py` wrote.
+
+    Returns:
+        dict with `device`, `workers`, `stand_in` and `runs`, a list of dicts with `model`, `images`,
+        `ms_per_image`, `peak_mb` (dict: MB of the `driver`, the `workers` and `all`) and more.
+    """
+    return json.loads((committed_folder() / "bulk" / "scaling.json").read_text())
+
+
 def select(results, fold=0, seed=0, source="BUSI", split="grouped"):
     """Return the rows that may stand in one table: one data set, split and fold, the whole fold.
 

@@ -8,6 +8,7 @@ A search lives in `<folder>/searches/<name>`. A stopped one goes on there and re
 that were running, and these resume after their last state on disk. A finished one is read.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -107,6 +108,10 @@ class Task:
         data.check_apart(self.train, self.val)
         self.check(self.fixed)
 
+    def __getstate__(self):
+        # A worker loads a segmenter of its own.
+        return {name: value for name, value in vars(self).items() if name != "segmenter"}
+
     @property
     def module(self):
         """The module that holds `fit` and `Choices`."""
@@ -203,6 +208,7 @@ def grid(task, settings, name, **resources):
 
     Raises:
         ValueError: a setting is none of the model, or the folder holds another search.
+        BlockingIOError: another process is running this search.
         ImportError: Ray is not installed.
         ConnectionError, RuntimeError: Ray could not be reached or started; see `helpers.cluster.start`.
     """
@@ -468,7 +474,8 @@ def _search(task, name, plan, cpus=1, memory=MEMORY, at_once=None):
     else:
         cluster.start()
         _embed(task, plan)
-        trials = _run(task, folder, plan, cpus, memory, at_once)
+        with _alone(folder):
+            trials = _run(task, folder, plan, cpus, memory, at_once)
         data.write_whole(finished, json.dumps(trials).encode())
     trials = json.loads(finished.read_text())
     if "settings" in plan:  # in their order, and not as they ended
@@ -492,6 +499,22 @@ def _claim(folder, identity):
         raise ValueError(f"{folder} holds something else; choose another name")
     else:
         data.write_whole(about, json.dumps(identity, indent=1).encode())
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    """Keep a second process out, whose notes would overwrite ours; a killed one lets go."""
+    from filelock import FileLock, Timeout  # a part of Ray's installation
+
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BlockingIOError(
+            f"another process is running the search in {folder}; wait for it, or choose another name"
+        ) from None
+    with lock:
+        yield
 
 
 def _embed(task, plan):

@@ -203,7 +203,7 @@ def test_figures_of_no_image():
     assert texts[:2] == ["Dice", f"{scores['dice']:.3f}"]
     assert len(texts) == 2 * len(scores)
     assert len(plots.circle_curves(metrics.circle_curve((0, 9))).axes[0].lines) == 4
-    run = {"model": "pipeline", "images": 1000, "seconds_per_image": 0.5, "peak_memory_mb": 900.0}
+    run = {"model": "pipeline", "images": 1000, "ms_per_image": 500, "peak_mb": {"all": 900}}
     assert plots.scaling([run]).axes[0].lines[0].get_ydata().tolist() == [500]
     assert len(plots.loss_and_score(metrics.dice_loss_of_confidence()).axes[0].lines) == 2
     assert plt.get_fignums() == []
