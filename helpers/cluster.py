@@ -11,6 +11,10 @@ from helpers import data
 
 SHARED = Path("/dev/shm")  # where Ray keeps the objects that its processes share
 LEAST = 80 * 2**20  # bytes; Ray refuses an object store of under 75 MiB
+INSTALL = (
+    "Ray or Optuna is not installed; say `pip install -r requirements-scale.txt`, or without the "
+    'repository `pip install "ray[data,tune]" optuna`'
+)
 PATIENCE = 5  # seconds until a cluster's address must answer
 # One thread a worker: there are as many workers as cores.
 THREADS = {
@@ -52,9 +56,7 @@ def start(memory=256 * 2**20):
     try:
         import ray
     except ImportError:
-        raise ImportError(
-            "Ray is not installed; say `pip install -r requirements-scale.txt`"
-        ) from None
+        raise ImportError(INSTALL) from None
     if ray.is_initialized():
         return ray
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}

@@ -209,7 +209,7 @@ def grid(task, settings, name, **resources):
     Raises:
         ValueError: a setting is none of the model, or the folder holds another search.
         BlockingIOError: another process is running this search.
-        ImportError: Ray is not installed.
+        ImportError: Ray or Optuna is not installed.
         ConnectionError, RuntimeError: Ray could not be reached or started; see `helpers.cluster.start`.
     """
     if not settings:
@@ -585,7 +585,10 @@ def _strategy(task, plan):
     """Return how trials are proposed and stopped: all are run to their end where they are listed."""
     if "settings" in plan:
         return {"metric": "score", "mode": "max"}
-    import optuna
+    try:
+        import optuna
+    except ImportError:
+        raise ImportError(cluster.INSTALL) from None
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
