@@ -803,7 +803,7 @@ def trial_curves(trials, rows, measure, title):
 
 
 def parallel_coordinates(trials, rows, measure, title):
-    """A line per trial through the values of its choices to its score, coloured by the score.
+    """A line per trial through the values of its choices to its score, the better the darker (by rank).
 
     Args:
         trials: DataFrame from `helpers.search.sample`; those without a score are left out.
@@ -820,12 +820,14 @@ def parallel_coordinates(trials, rows, measure, title):
         heights, marks = _heights([setting[name] for setting in settings])
         places.append(heights)
         for height, mark in marks.items():
-            axes.text(column - 0.05, height, mark, fontsize=8, ha="right", va="center", zorder=4)
+            plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+            place = {"ha": "right", "va": "center", "zorder": 4, "bbox": plain}
+            axes.text(column - 0.05, height, mark, fontsize=8, **place)
     low, high = scored.score.min(), scored.score.max()
     last = (scored.score - low) / max(high - low, 1e-9)
     for height, mark in ((0.0, low), (1.0, high)):
         axes.text(len(names) + 0.05, height, f"{mark:.3f}", fontsize=8, va="center")
-    colours = plt.colormaps["viridis_r"](last.to_numpy())
+    colours = plt.colormaps["viridis_r"](np.linspace(0, 1, len(scored)))
     for line, colour in zip(zip(*places, last), colours):
         axes.plot(line, color=colour, alpha=0.8, linewidth=1.4)
     for column in range(len(names) + 1):
@@ -883,9 +885,9 @@ def scaling(runs):
         cells[0].plot(images, [run["ms_per_image"] for run in part], "o", color=colour, label=model)
         cells[1].plot(images, [run["peak_mb"]["all"] for run in part], "o", color=colour)
     for cell in cells:
-        cell.set(xscale="log", xlabel="images", ylim=(0, None))
-    cells[0].set(ylabel="milliseconds per image", yscale="log", ylim=(None, None))
-    cells[1].set_ylabel("peak memory of all processes (MB)")
+        cell.set(xscale="log", xlabel="images")
+    cells[0].set(ylabel="milliseconds per image", yscale="log")
+    cells[1].set(ylabel="peak memory of all processes (MB)", ylim=(0, None))
     cells[0].legend(frameon=False)
     return _finish(figure, None, "Cost of an image, and memory, against the number of images")
 

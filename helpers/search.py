@@ -344,7 +344,7 @@ def importance(trials, seed=0):
     Raises:
         ValueError: fewer than two trials have a score.
     """
-    import optuna
+    optuna = _optuna()
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     scored = trials[trials.score.notna()]
@@ -585,14 +585,10 @@ def _strategy(task, plan):
     """Return how trials are proposed and stopped: all are run to their end where they are listed."""
     if "settings" in plan:
         return {"metric": "score", "mode": "max"}
-    try:
-        import optuna
-    except ImportError:
-        raise ImportError(cluster.INSTALL) from None
+    _optuna()
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     longest = max(plan["space"].get("epochs", [task.value("epochs")]))
     return {
         "search_alg": OptunaSearch(metric="score", mode="max", seed=plan["seed"]),
@@ -601,6 +597,16 @@ def _strategy(task, plan):
         ),
         "num_samples": plan["trials"],
     }
+
+
+def _optuna():
+    """Import Optuna, which else notes every step on stderr."""
+    try:
+        import optuna
+    except ImportError:
+        raise ImportError(cluster.INSTALL) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
 
 
 def _progress(trials):
