@@ -45,7 +45,7 @@ def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch
     save((scores, rows), tmp_path / "results")
     readme = tmp_path / "README.md"
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
-    names = ("results", "classes", "published", "leakage", "folds", "tricks")
+    names = ("results", "classes", "published", "leakage", "folds", "tricks", "tuned")
     readme.write_text("before\n" + "between\n".join(map(block.format, names)) + "after\n")
     (tmp_path / "results/tricks.csv").write_text(
         "trick,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
@@ -58,7 +58,7 @@ def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch
     assert text.startswith("before\n<!-- results -->\n| Prompt")
     assert "<!-- /results -->\nbetween\n<!-- classes -->\n| Given" in text
     assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
-    assert text.endswith("<!-- /tricks -->\nafter\n")
+    assert text.endswith("<!-- /tuned -->\nafter\n")
     assert "outdated" not in text
     assert (tmp_path / "results/comparison.png").is_file()
 
@@ -152,3 +152,17 @@ def test_what_is_missing_names_its_notebook(filled):
 def test_markdown_is_a_table():
     frame = pd.DataFrame({"a": ["1", "2"], "b": ["x", "y"]})
     assert tables.markdown(frame) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+
+
+def test_retrained_recipes_are_shown_with_each_seed_and_their_gain(run, tmp_path):
+    scores, rows = run
+    for recipe, gain in (("default", 0.0), ("winner", 0.1)):
+        for seed in (0, 1):
+            better = scores.assign(dice=0.5 + gain + 0.02 * seed)
+            save((better, rows), tmp_path / "tuned", model=f"U-Net, {recipe}", seed=seed)
+    default, winner = tables.tuned_table(tmp_path).to_dict("records")
+    assert (default["Model"], default["Recipe"], default["Score"]) == ("U-Net", "default", "Dice")
+    assert default["Mean of the seeds"] == "0.510 [0.510, 0.510]"
+    assert default["Gain over the default"] == ""
+    assert winner["Each seed"] == "0.600, 0.620"
+    assert winner["Gain over the default"] == "+0.100 [+0.100, +0.100]"
