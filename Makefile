@@ -30,11 +30,13 @@ pipeline: .venv/installed ## train the automatic pipeline for each test fold of 
 table: .venv/installed ## make README's tables and figure from results/
 	.venv/bin/python -m helpers.tables
 
-benchmark: .venv/installed ## time embedding, fine-tuning, the U-Net's input and the pipeline, on real BUSI: 25 minutes
+benchmark: .venv/installed ## time embedding, fine-tuning, the U-Net's input, the pipeline, searches and bulk work: an hour
 	.venv/bin/python tests/benchmarks/embed.py
 	.venv/bin/python tests/benchmarks/unet.py
 	.venv/bin/python tests/benchmarks/finetune.py
 	.venv/bin/python tests/benchmarks/pipeline.py
+	.venv/bin/python tests/benchmarks/search.py
+	.venv/bin/python tests/benchmarks/bulk.py
 
 clean: ## remove .venv and executed/
 	rm -rf .venv executed

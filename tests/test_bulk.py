@@ -1,0 +1,470 @@
+import functools
+import gc
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from helpers import bulk, cluster, data, diagnosis, finder, pipeline, sam
+
+
+class Bright:
+    """Stands in for a pipeline: what is brighter than half is a lesion; embeds the first pixels."""
+
+    def __init__(self, act=None):
+        self.segmenter, self.act = self, act
+
+    def embed(self, images):
+        return [
+            sam.Embedding(torch.from_numpy(image[:2, :3, 0] / 255), image.shape[:2], (64, 64), 0.0)
+            for image in images
+        ]
+
+    def segment(self, image, embedding):
+        if self.act:
+            self.act(int(image[0, 0, 0]))
+        probability = image[..., 0] / np.float32(255)
+        mask = probability > 0.5
+        names = dict(zip(data.LABELS, (0.2, 0.3, 0.5)))
+        box = np.array([[1, 2, 3, 4]], np.float32)
+        return pipeline.Finding(
+            [mask], box, names, ("benign",), [0.5], probability, probability, ()
+        )
+
+
+def slow(flag):
+    """Return a stand-in that takes a while, and kills its own process at image 40, once."""
+
+    def act(number):
+        time.sleep(0.05)
+        if number == 40 and not Path(flag).exists():
+            Path(flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return Bright(act)
+
+
+def broken():
+    def act(number):
+        raise RuntimeError(f"no memory for {number}")
+
+    return Bright(act)
+
+
+def picture(number):
+    pixels = np.full((64, 70), 90, np.uint8)
+    pixels[20:30, 10:40], pixels[0, 0] = 200, number
+    memory = io.BytesIO()
+    Image.fromarray(pixels).save(memory, "PNG")
+    return memory.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images and two broken files."""
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    for number in range(10):
+        (tmp_path / "in" / ("more" if number > 6 else "") / f"{number}.png").write_bytes(
+            picture(number)
+        )
+    (tmp_path / "in" / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "in" / "cut.png").write_bytes(picture(1)[:90])
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Do the work in this process, without Ray."""
+
+    def results(tasks, source, out, model, workers, keep, columns):
+        worker = bulk.Worker(str(source), str(out), model, keep, columns)
+        for task in tasks:
+            row = worker({"task": np.array([json.dumps(task)])})
+            yield {name: values[0] for name, values in row.items()}
+
+    monkeypatch.setattr(bulk, "_results", results)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    ray = cluster.start(memory=100 * 2**20)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker finds this file
+    yield ray
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        ray.shutdown()
+        gc.collect()  # Ray never asks after its processes once it has ended them
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Folder of a pipeline of random networks, small enough for tests."""
+    torch.manual_seed(0)
+    segmenter = sam.load("tiny", "cpu")
+    channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
+    measures = np.random.default_rng(0).standard_normal((3, len(diagnosis.MEASURES))) / 9
+    judge = diagnosis.Diagnosis(
+        measures, np.zeros(3), {label: np.linspace(0, 1, 40) for label in data.LABELS}
+    )
+    finders = [finder.Finder(channels, 64, 8).eval()]
+    rules = pipeline.Rules(normal=0.9)
+    folder = tmp_path_factory.mktemp("weights")
+    pipeline.Pipeline(segmenter, finders, judge, rules).save(folder)
+    return folder
+
+
+def names(out, what="scores"):
+    return bulk.read(out, what).to_table(columns=["name"]).column(0).to_pylist()
+
+
+def table(path, numbers, rows=1000, **columns):
+    """Write a Parquet with the given columns, by default of names and pictures."""
+    own = {
+        "name": pa.array([f"image {number}" for number in numbers], pa.string()),
+        "image": pa.array([picture(number) for number in numbers], pa.binary()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(own | columns), path, row_group_size=rows)
+
+
+def test_a_folder_on_ray_from_the_command_line(ray, weights, folder, tmp_path, capfd):
+    out = tmp_path / "out"
+    words = [str(folder), "--out", str(out), "--weights", str(weights), "--batch", "5"]
+    words += ["--workers", "1"]
+    assert bulk.main(words) == 1
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert "10 of 12 images done" in printed.out
+    assert "broken.png: ValueError: broken.png is not a whole image" in printed.out
+    assert [path.name for path in sorted((out / "scores").iterdir())] == [
+        "part-000000000000.parquet",
+        "part-000000000005.parquet",
+        "part-000000000010.parquet",
+    ]
+    scores = bulk.read(out).to_table().to_pandas().set_index("name")
+    assert list(scores.index) == sorted(scores.index)
+    assert scores.error.notna().sum() == 2
+    assert len(names(out, "masks")) == len(names(out, "embeddings")) == 10
+    pipe = pipeline.load(weights)
+    image = data.read_image(folder / "more" / "8.png")
+    embedding = pipe.segmenter.embed([image])[0]
+    finding = pipe.segment(image, embedding)
+    row = scores.loc["more/8.png"]
+    assert row[list(data.LABELS)].to_dict() == pytest.approx(finding.probabilities, abs=0.02)
+    assert row.boxes == pipeline.summary(finding)["boxes"]
+    kept = {
+        what: bulk.read(out, what).to_table().to_pandas().set_index("name").loc["more/8.png"]
+        for what in bulk.KEPT
+    }
+    mask = np.array(Image.open(io.BytesIO(kept["masks"].png)))
+    assert mask.dtype == bool
+    assert (mask != finding.mask).mean() < 0.02
+    features = np.frombuffer(kept["embeddings"].features, np.float16)
+    features = features.reshape(kept["embeddings"]["shape"])
+    np.testing.assert_allclose(features, embedding.features.numpy(), atol=0.05)
+    assert tuple(kept["embeddings"].image_size) == embedding.image_size
+    assert tuple(kept["embeddings"].resized) == embedding.resized
+
+
+def test_kills_of_driver_and_worker_lose_no_image(ray, tmp_path):
+    """The driver that is killed joins the Ray of this process by its address, as it would a cluster."""
+    source, out, flag = tmp_path / "in.parquet", tmp_path / "out", tmp_path / "flag"
+    table(source, range(56))
+    script = (
+        "import functools, ray, test_bulk; from helpers import bulk; "
+        "ray.cloudpickle.register_pickle_by_value(test_bulk); "
+        f"model = functools.partial(test_bulk.slow, {str(flag)!r}); "
+        f"bulk.run({str(source)!r}, {str(out)!r}, model, batch=4)"
+    )
+    address = ray.get_runtime_context().gcs_address
+    there = {
+        "RAY_ADDRESS": address,
+        "RAY_AUTH_MODE": "token",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=os.environ | there,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as driver:
+        while driver.poll() is None and len(list(out.glob("scores/part-*"))) < 3:
+            time.sleep(0.05)
+        driver.kill()
+        assert driver.stderr.read() == b""
+    assert driver.returncode == -signal.SIGKILL
+    written = {path: path.stat().st_mtime_ns for path in out.glob("scores/part-*")}
+    assert 3 <= len(written) < 14
+    summary = bulk.run(source, out, functools.partial(slow, str(flag)), batch=4, quiet=True)
+    assert flag.exists()  # a worker was killed too
+    assert summary.already >= 4 * len(written)
+    assert (summary.images, summary.failed) == (56, 0)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    for what in bulk.SCHEMAS:
+        assert names(out, what) == [f"image {number}" for number in range(56)]
+        assert not list(out.glob(f"{what}/.*"))
+
+
+def test_what_stops_a_worker_is_named(ray, folder, tmp_path):
+    with pytest.raises(RuntimeError, match=r"stopped \(RuntimeError: not one of .* no memory for"):
+        bulk.run(folder, tmp_path / "out", broken, batch=2, workers=1, quiet=True)
+    with pytest.raises(ValueError, match="99 workers need as many cores, Ray has"):
+        bulk.run(folder, tmp_path / "out", broken, batch=2, workers=99, quiet=True)
+
+
+def test_parquet_by_uri_in_its_order(alone, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    table(source / "a.parquet", range(11), rows=3)
+    table(source / "deeper" / "b.parquet", range(11, 20))
+    none = {"name": pa.array(["none"], pa.large_string()), "image": pa.array([None], pa.binary())}
+    table(source / "c.parquet", [20], **none)
+    summary = bulk.run(source.as_uri(), out.as_uri(), Bright, batch=4, quiet=True)
+    assert summary.errors == ["none: ValueError: the row holds no image"]
+    assert (summary.images, summary.failed, summary.already) == (21, 1, 0)
+    expected = [f"image {number}" for number in range(20)]
+    assert names(out) == [*expected[:11], "none", *expected[11:]]
+    assert names(out.as_uri(), "masks") == expected
+    assert summary.scores.head(1).to_pylist()[0]["boxes"] == "1 2 3 4"
+    found = bulk.read(out, "embeddings").to_table().to_pandas()
+    for number, row in found.iterrows():
+        features = np.frombuffer(row.features, np.float16).reshape(row["shape"])
+        assert features[0, 0] == np.float16(number / 255)
+
+
+def test_images_may_be_structs_and_columns_be_named(alone, tmp_path):
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"id": ["a"], "us": [{"bytes": picture(3), "path": "x.png"}]}), source)
+    out = tmp_path / "out"
+    summary = bulk.run(source, out, Bright, columns=("id", "us"), keep=(), quiet=True)
+    assert (summary.images, summary.failed) == (1, 0)
+    assert not (out / "masks").exists()
+    with pytest.raises(FileNotFoundError, match="holds no masks; run"):
+        bulk.read(out, "masks")
+
+
+def test_a_dicom_in_parquet(alone, tmp_path):
+    from pydicom import examples
+
+    memory = io.BytesIO()
+    examples.ct.save_as(memory)
+    table(tmp_path / "in.parquet", [0], image=[memory.getvalue()])
+    summary = bulk.run(tmp_path / "in.parquet", tmp_path / "out", Bright, quiet=True)
+    assert summary.errors == []
+
+
+def test_a_stopped_run_goes_on(alone, folder, tmp_path):
+    seen = []
+
+    def interrupt(number):
+        if number == 7 and 7 not in seen:
+            seen.append(7)
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    model, out = functools.partial(Bright, interrupt), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        bulk.run(folder, out, model, batch=3, quiet=True)
+    half = len(names(out))
+    assert half == 9
+    summary = bulk.run(folder, out, model, batch=3, quiet=True)
+    assert summary.already == half
+    assert seen == [*range(7), 7, 7, 8, 9]
+    assert names(out) == sorted(names(out))
+    assert bulk.run(folder, out, model, batch=3, quiet=True).already == 12
+
+
+def test_an_image_that_kills_its_workers_is_passed_over(alone, folder, tmp_path):
+    out = tmp_path / "out"
+
+    def kill(number):
+        if number == 3:
+            raise SystemExit  # as good as a kill: nothing is written after it
+
+    model = functools.partial(Bright, kill)
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            bulk.run(folder, out, model, quiet=True)
+    summary = bulk.run(folder, out, model, quiet=True)
+    assert "3.png: ValueError: its worker died of it, more than once" in summary.errors
+    assert (summary.images, summary.failed) == (12, 3)
+    assert [path.name for path in (out / "scores").iterdir()] == ["part-000000000000.parquet"]
+
+
+def test_workers_that_die_of_any_image_stop_the_run(alone, folder, tmp_path):
+    def kill(number):
+        raise SystemExit
+
+    for _ in range(7):
+        with pytest.raises(SystemExit):
+            bulk.run(folder, tmp_path / "out", functools.partial(Bright, kill), quiet=True)
+    with pytest.raises(RuntimeError, match="workers died of 3 images, such as '2.png'"):
+        bulk.run(folder, tmp_path / "out", functools.partial(Bright, kill), quiet=True)
+
+
+def test_output_of_another_run_is_refused(alone, folder, tmp_path):
+    out = tmp_path / "out"
+    bulk.run(folder, out, Bright, quiet=True)
+    with pytest.raises(ValueError, match="another run: batch 256, not 8. Name a new folder"):
+        bulk.run(folder, out, Bright, batch=8, quiet=True)
+    with pytest.raises(ValueError, match="another run: model 'test_bulk.Bright', not 'pipeline "):
+        bulk.run(folder, out, quiet=True)
+    (folder / "more.png").write_bytes(picture(0))
+    with pytest.raises(ValueError, match="another run: images 12, not 13; listing"):
+        bulk.run(folder, out, Bright, quiet=True)
+    (out / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is cut off or altered"):
+        bulk.run(folder, out, Bright, quiet=True)
+    (out / "run.json").unlink()
+    with pytest.raises(FileExistsError, match="holds output without a run.json"):
+        bulk.run(folder, out, Bright, quiet=True)
+
+
+def test_scores_that_are_not_there_are_missed(alone, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk.Worker, "_write", lambda *_: None)
+    with pytest.raises(RuntimeError, match="holds scores of 0 images, the source 12; on a cluster"):
+        bulk.run(folder, tmp_path / "out", Bright, quiet=True)
+
+
+def test_sources_that_cannot_be_read_are_named(alone, tmp_path):
+    def fails(error, match, source="in"):
+        with pytest.raises(error, match=match):
+            bulk.run(tmp_path / source, tmp_path / "out", Bright, quiet=True)
+        assert not (tmp_path / "out").exists()
+
+    fails(FileNotFoundError, "there is no source '.*in'; give a folder or Parquet")
+    (tmp_path / "in").mkdir()
+    fails(FileNotFoundError, "holds 0 Parquet files and 0 images")
+    table(tmp_path / "in" / "a.parquet", [])
+    fails(FileNotFoundError, "holds no row")
+    table(tmp_path / "in" / "a.parquet", [1, 1])
+    fails(ValueError, "the name 'image 1' stands in more than one row")
+    table(tmp_path / "in" / "a.parquet", [1], name=pa.array([None], pa.string()))
+    fails(ValueError, "a.parquet has rows without a name")
+    table(tmp_path / "in" / "a.parquet", [1], name=[7])
+    fails(ValueError, "are of type int64 and binary; they must")
+    pq.write_table(pa.table({"image": [b""], "id": [1]}), tmp_path / "in" / "a.parquet")
+    fails(ValueError, "a.parquet has no column name, but image, id")
+    (tmp_path / "in" / "a.parquet").write_bytes(b"PAR1 and no more")
+    fails(ValueError, "a.parquet is no whole Parquet file")
+    (tmp_path / "in" / "b.png").write_bytes(picture(1))
+    fails(ValueError, "holds 1 Parquet files and 1 images; give a Parquet file, or a")
+    fails(ValueError, "b.png' is a file; give a Parquet file", "in/b.png")
+    with pytest.raises(ValueError, match="'nowhere://x' can't be opened"):
+        bulk.run("nowhere://x", tmp_path / "out", Bright)
+    one = tmp_path / "one.parquet"
+    table(one, [1])
+    with pytest.raises(FileNotFoundError, match="holds no pipeline.json"):
+        bulk.run(one, tmp_path / "out", tmp_path)
+    with pytest.raises(ValueError, match="keep is .'overlays',., batch 256, workers None"):
+        bulk.run(one, tmp_path / "out", Bright, keep=("overlays",))
+
+
+def test_a_source_that_a_worker_does_not_see_is_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{socket.gethostname()} does not see .*elsewhere"):
+        bulk.Worker(str(tmp_path / "elsewhere"), str(tmp_path), Bright, (), ())
+
+
+def test_a_large_row_group_is_dealt_out_in_few_pieces():
+    def sizes(largest, images=1000, batch=10):
+        parts = [
+            {"number": row, "images": batch, "path": "x", "row": row, "largest": largest}
+            for row in range(0, images, batch)
+        ]
+        return [sum(part["images"] for part in task) for task in bulk._tasks(parts)]
+
+    assert sizes(100) == [10] * 100
+    assert sizes(1000) == [70] * 14 + [20]
+    gap = [{"number": n, "images": 5, "path": "x", "row": n, "largest": 900} for n in (0, 5, 15)]
+    assert [[part["number"] for part in task] for task in bulk._tasks(gap)] == [[0, 5], [15]]
+
+
+# ------------------------------------------------------------------------------------ the cluster
+
+
+@pytest.fixture
+def unstarted(monkeypatch):
+    """Ray, as if this process had not started it; `calls` are those of `ray.init`."""
+    import ray
+
+    calls = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *words, **settings: calls.append((words, settings)))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return calls
+
+
+def test_an_address_where_nothing_answers(unstarted, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            begun = time.time()
+            with pytest.raises(ConnectionError, match=f"answers at RAY_ADDRESS '{address}'"):
+                cluster.start()
+            assert time.time() - begun < 2 * cluster.PATIENCE
+    monkeypatch.setenv("RAY_ADDRESS", "head")
+    with pytest.raises(ConnectionError, match="is 'head', which is neither 'host:port' nor"):
+        cluster.start()
+    assert unstarted == []
+
+
+def test_an_address_that_answers_is_joined(unstarted, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        cluster.start()
+    ((words, settings),) = unstarted
+    assert words == (address,)
+    assert settings["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
+    assert settings["runtime_env"]["py_modules"] == [str(Path(cluster.__file__).parent)]
+
+
+def test_a_cluster_that_refuses(unstarted, monkeypatch):
+    import ray
+
+    def refuse(*words, **settings):
+        raise RuntimeError("Version mismatch\nand more")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(
+        ConnectionError, match=r"did not let this process join \(Version mismatch\)"
+    ):
+        cluster.start()
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(RuntimeError, match=r"did not start on this machine \(Version mismatch\)"):
+        cluster.start()
+
+
+def test_little_shared_memory(unstarted, monkeypatch):
+    usage = shutil.disk_usage("/")
+    free = {"bytes": 200 * 2**20}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free["bytes"]))
+    cluster.start()
+    assert unstarted[0][1]["object_store_memory"] == 180 * 2**20
+    free["bytes"] = 64 * 2**20
+    with pytest.raises(RuntimeError, match="has 64 MiB free and Ray needs 80; .* --shm-size"):
+        cluster.start()
+    assert len(unstarted) == 1
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match="pip install -r requirements-scale.txt"):
+        cluster.start()
