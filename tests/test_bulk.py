@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -243,6 +244,23 @@ def test_parquet_by_uri_in_its_order(alone, tmp_path):
     for number, row in found.iterrows():
         features = np.frombuffer(row.features, np.float16).reshape(row["shape"])
         assert features[0, 0] == np.float16(number / 255)
+
+
+def test_a_bucket(alone, folder, tmp_path, monkeypatch):
+    """pyarrow's file system in memory stands in for a bucket: it knows no rename either."""
+    bucket, own = pa.fs._MockFileSystem(), bulk._place
+    monkeypatch.setattr(
+        bulk,
+        "_place",
+        lambda path: (bucket, str(path)[5:]) if str(path).startswith("s3://") else own(path),
+    )
+    pa.fs.copy_files(str(folder), "box/in", destination_filesystem=bucket)
+    summary = bulk.run("s3://box/in", "s3://box/out", Bright, batch=5, quiet=True)
+    assert (summary.images, summary.failed) == (12, 2)
+    assert len(names("s3://box/out", "masks")) == 10
+    assert bulk.run("s3://box/in", "s3://box/out", Bright, batch=5, quiet=True).already == 12
+    found = bucket.get_file_info(pa.fs.FileSelector("box/out", recursive=True))
+    assert not [info.path for info in found if info.base_name.startswith(".")]
 
 
 def test_images_may_be_structs_and_columns_be_named(alone, tmp_path):

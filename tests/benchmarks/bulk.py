@@ -4,10 +4,12 @@
 
 Sends simulated sets of 96 x 80 pixels through `helpers.bulk.run`: phantoms, each turned into many by flip,
 gain, shift and noise. A cheap stand-in takes the pipeline's place, so that the machinery shows; `--real`
-images are sent through the pipeline itself, and `--parts` makes as many parts of one image as ten million
-images make. All counts are of whole thousands. Each run is a process of its own, sizes alternate, and peak
-memory is that of the driver, of all Ray processes and of the object store. Writes
-results/bulk/scaling.json; exits with 1 where cost per image or memory grows by more than a tenth.
+images are sent through the pipeline itself, and `--parts` makes as many parts, of one image, as ten
+million images make. All counts are whole thousands. Each run is a process of its own, sizes alternate, and
+peak memory is that of the driver, of all Ray processes and of the object store.
+
+Writes results/bulk/scaling.json, where what is not measured again is kept; exits with 1 where cost per
+image or memory of the sizes lie more than a tenth apart.
 """
 
 import argparse
@@ -94,7 +96,8 @@ def main():
     jobs = [(size, "stand-in", 256) for _ in range(options.repeats) for size in options.sizes]
     jobs += [(options.parts, "stand-in", 1)] * bool(options.parts)
     jobs += [(options.real, "pipeline", 256)] * bool(options.real)
-    runs = []
+    runs = json.loads(TARGET.read_text())["runs"] if TARGET.is_file() else []
+    runs = [run for run in runs if (run["images"], run["model"], run["batch"]) not in jobs]
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
         make(whole, max(size for size, *_ in jobs))
