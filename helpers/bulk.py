@@ -2,9 +2,9 @@
 
 `python -m helpers.bulk SOURCE --out OUT`, or `run(source, out)`. The images are cut into parts in a fixed
 order. Ray Data hands the parts to a pool of workers, each with one pipeline, and a worker reads the
-images of its part and writes what it finds; no image passes through the driver or the object store, so
-memory does not grow with their number. The scores of a part are written last and whole: where they lie,
-the part is done, and a call that was stopped goes on with the others.
+images of its part and writes what it finds. No image passes through the driver or the object store, so
+memory does not grow with their number, but for eight bytes a name. The scores of a part are written last
+and whole: where they lie, the part is done, and a call that was stopped goes on with the others.
 
 Ray Data's own checkpoints (alpha in 2.60) keep every finished id in memory, read every image again to drop
 the finished ones, and know of one output.
@@ -68,13 +68,10 @@ SCHEMAS = {
     ),
 }
 READ = 16  # rows of Parquet that are read at once
-GROUPS = {
-    "scores": 4096,
-    "masks": 256,
-    "embeddings": 16,
-}  # rows written at once: embeddings are large
+WRITTEN = {"scores": 4096, "masks": 256, "embeddings": 16}  # rows at once; an embedding takes 2 MB
 PASSES = 16  # in how many pieces a row group may be dealt out: each piece reads it from its start
 DEATHS = 2  # of a worker at one image until it is passed over
+MANY = 8  # images that break a model, and none that doesn't, are no chance
 LISTED = 20  # errors in a summary
 
 
@@ -174,6 +171,9 @@ def run(
         "batch": batch,
         "columns": list(columns),
     }
+    # A worker may stand elsewhere.
+    source, out = settings["source"], _uri(out)
+    model = model if callable(model) or model is None else str(Path(model).absolute())
     _claim(out, settings)
     done = _finished(out)
     todo = [part for part in parts if _file(part) not in done]
@@ -198,7 +198,7 @@ def run(
     seconds = time.time() - begun
     span = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0
     return Summary(
-        str(out),
+        out,
         images,
         scores.count_rows(filter=bad),
         [f"{row['name']}: {row['error']}" for row in first],
@@ -256,7 +256,7 @@ def _uri(path):
 def _identity(model):
     """Return what tells a model from another: the hash of its files, or the function's name."""
     if callable(model):
-        while isinstance(model, functools.partial):
+        if isinstance(model, functools.partial):
             return f"{_identity(model.func)} {model.args} {model.keywords}"
         return f"{model.__module__}.{model.__qualname__}"
     folder = Path(model or pipeline.WEIGHTS)
@@ -327,8 +327,8 @@ def _check_tables(system, paths, columns):
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda path: _check_table(system, path, columns), paths))
     hashes = np.concatenate([hashes for *_, hashes in found])
-    values, counts = np.unique(hashes, return_counts=True)
-    twice = values[counts > 1][:1000]
+    hashes.sort()
+    twice = hashes[1:][hashes[1:] == hashes[:-1]][:1000]
     if len(twice):
         names = pd.Series(
             [
@@ -349,7 +349,7 @@ def _check_tables(system, paths, columns):
 def _check_table(system, path, columns):
     """Return path, rows, the largest row group's rows and a hash of every name."""
     try:
-        with pq.ParquetFile(path, filesystem=system) as table:
+        with _open(system, path) as table:
             schema, about = table.schema_arrow, table.metadata
             missing = [name for name in columns if name not in schema.names]
             if missing:
@@ -382,11 +382,16 @@ def _check_table(system, path, columns):
 
 def _names(system, path, columns):
     """Yield the names in a Parquet, object arrays of at most 10,000."""
-    with pq.ParquetFile(path, filesystem=system) as table:
+    with _open(system, path) as table:
         for some in table.iter_batches(10_000, columns=[columns[0]]):
             if some.column(0).null_count:
                 raise ValueError(f"{path} has rows without a name; give every image one")
             yield some.column(0).to_numpy(zero_copy_only=False)
+
+
+def _open(system, path):
+    """Open a Parquet so that it is read page by page (of pyarrow 1,024 images), no row group as a whole."""
+    return pq.ParquetFile(path, filesystem=system, buffer_size=2**20, pre_buffer=False)
 
 
 def _hash(names):
@@ -441,7 +446,8 @@ def _tidy(out):
         selector = pa.fs.FileSelector(f"{root}/{what}", allow_not_found=True)
         for info in system.get_file_info(selector):
             if info.base_name.startswith(".part-"):
-                system.delete_file(info.path)
+                with contextlib.suppress(FileNotFoundError):
+                    system.delete_file(info.path)
 
 
 def _tasks(parts):
@@ -475,9 +481,7 @@ def _results(tasks, source, out, model, workers, keep, columns):
     ray = cluster.start()
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
-    with warnings.catch_warnings(
-        action="ignore", category=DeprecationWarning
-    ):  # of Ray's own fields
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of Ray's own
         context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     there = ray.cluster_resources()
@@ -488,7 +492,7 @@ def _results(tasks, source, out, model, workers, keep, columns):
     with DataContext.current(context):
         rows = from_items(items, override_num_blocks=len(items)).map_batches(
             Worker,
-            fn_constructor_args=(os.fspath(source), os.fspath(out), model, tuple(keep), columns),
+            fn_constructor_args=(source, out, model, tuple(keep), columns),
             batch_size=1,
             compute=ActorPoolStrategy(
                 size=min(workers, len(items)), max_tasks_in_flight_per_actor=1
@@ -531,9 +535,8 @@ class Worker:
         images, (system, root) = self._images(task), _place(self.out)
         for part in task:
             some = itertools.islice(images, part["images"])
-            if _exists(
-                system, f"{root}/scores/{_file(part)}"
-            ):  # by an earlier worker, which died later in this task
+            # It may be there from an earlier worker, which died later in this task.
+            if _exists(system, f"{root}/scores/{_file(part)}"):
                 for _ in some:
                     pass
             else:
@@ -546,9 +549,16 @@ class Worker:
         for name in itertools.chain.from_iterable(part.get("names", ()) for part in task):
             yield name, functools.partial(_file_bytes, self.system, f"{self.root}/{name}")
         if "path" in task[0]:
-            first, last = task[0]["row"], task[-1]["row"] + task[-1]["images"]
-            for name, content in _rows(self.system, task[0]["path"], self.columns, first, last):
-                yield name, functools.partial(_cell_bytes, content)
+            path, first = task[0]["path"], task[0]["row"]
+            last = task[-1]["row"] + task[-1]["images"]
+            try:
+                for name, content in _rows(self.system, path, self.columns, first, last):
+                    yield name, functools.partial(_cell_bytes, content)
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(
+                    f"{path} can't be read between the rows {first} and {last} "
+                    f"({data.first_line(error)}); write it again"
+                ) from error
 
     def _write(self, file, images):
         """See the images of a part and write what was found, the scores last."""
@@ -565,10 +575,11 @@ class Worker:
                 scores.append(row)
                 for what in tables if kept else ():
                     tables[what]({"name": name} | kept[what]())
-        if all(row.get("broken") for row in scores):
+        broken = [row for row in scores if row.get("broken")]
+        if len(broken) >= MANY and all("error" in row for row in scores):
             raise RuntimeError(
-                f"not one of {len(scores)} images got through, the first, {scores[0]['name']!r}, for "
-                f"{scores[0]['error']}: that is the model's fault or the machine's, not the images'"
+                f"not one of {len(scores)} images got through, such as {broken[0]['name']!r} for "
+                f"{broken[0]['error']}: that is the model's fault or the machine's, not the images'"
             )
         with _table(system, root, "scores", file) as append:
             for row in scores:
@@ -625,7 +636,8 @@ class _Diary:
         return self.deaths.get(name, 0) >= DEATHS
 
     def close(self):
-        self.system.delete_file(self.path)
+        with contextlib.suppress(FileNotFoundError):  # a worker of a killed driver was at it too
+            self.system.delete_file(self.path)
 
     def _note(self, name):
         with self.system.open_output_stream(self.path) as file:
@@ -665,7 +677,7 @@ def _refuse(reason):
 
 def _rows(system, path, columns, first, last):
     """Yield name and encoded image of the rows from `first` to before `last` of a Parquet."""
-    with pq.ParquetFile(path, filesystem=system, buffer_size=2**20) as table:
+    with _open(system, path) as table:
         groups, start = [], 0
         for number in range(table.num_row_groups):
             rows = table.metadata.row_group(number).num_rows
@@ -705,7 +717,7 @@ def _table(system, root, what, file):
 
     def append(row):
         rows.append(row)
-        if len(rows) == GROUPS[what]:
+        if len(rows) == WRITTEN[what]:
             flush()
 
     def flush():

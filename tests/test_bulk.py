@@ -189,7 +189,7 @@ def test_kills_of_driver_and_worker_lose_no_image(ray, tmp_path):
         "import functools, ray, test_bulk; from helpers import bulk; "
         "ray.cloudpickle.register_pickle_by_value(test_bulk); "
         f"model = functools.partial(test_bulk.slow, {str(flag)!r}); "
-        f"bulk.run({str(source)!r}, {str(out)!r}, model, batch=4)"
+        f"bulk.run({str(source)!r}, {str(out)!r}, model, batch=4, workers=1)"
     )
     address = ray.get_runtime_context().gcs_address
     there = {
@@ -222,9 +222,9 @@ def test_kills_of_driver_and_worker_lose_no_image(ray, tmp_path):
 
 def test_what_stops_a_worker_is_named(ray, folder, tmp_path):
     with pytest.raises(RuntimeError, match=r"stopped \(RuntimeError: not one of .* no memory for"):
-        bulk.run(folder, tmp_path / "out", broken, batch=2, workers=1, quiet=True)
+        bulk.run(folder, tmp_path / "out", broken, workers=1, quiet=True)
     with pytest.raises(ValueError, match="99 workers need as many cores, Ray has"):
-        bulk.run(folder, tmp_path / "out", broken, batch=2, workers=99, quiet=True)
+        bulk.run(folder, tmp_path / "other", broken, workers=99, quiet=True)
 
 
 def test_parquet_by_uri_in_its_order(alone, tmp_path):
@@ -261,6 +261,18 @@ def test_a_bucket(alone, folder, tmp_path, monkeypatch):
     assert bulk.run("s3://box/in", "s3://box/out", Bright, batch=5, quiet=True).already == 12
     found = bucket.get_file_info(pa.fs.FileSelector("box/out", recursive=True))
     assert not [info.path for info in found if info.base_name.startswith(".")]
+
+
+def test_a_damaged_parquet_is_named(alone, tmp_path):
+    path = tmp_path / "in.parquet"
+    table(path, range(10), rows=5)
+    content = bytearray(path.read_bytes())
+    middle = pq.ParquetFile(path).metadata.row_group(1).column(1).data_page_offset
+    content[middle : middle + 60] = bytes(60)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="in.parquet can't be read between the rows 5 and 10"):
+        bulk.run(path, tmp_path / "out", Bright, batch=5, quiet=True)
+    assert len(names(tmp_path / "out")) == 5
 
 
 def test_images_may_be_structs_and_columns_be_named(alone, tmp_path):
@@ -408,6 +420,17 @@ def test_a_large_row_group_is_dealt_out_in_few_pieces():
     assert sizes(1000) == [70] * 14 + [20]
     gap = [{"number": n, "images": 5, "path": "x", "row": n, "largest": 900} for n in (0, 5, 15)]
     assert [[part["number"] for part in task] for task in bulk._tasks(gap)] == [[0, 5], [15]]
+
+
+def test_a_large_row_group_is_never_in_memory_whole(tmp_path):
+    path = tmp_path / "in.parquet"
+    random = np.random.default_rng(0)
+    table(path, [0] * 6000, image=[random.bytes(20_000) for _ in range(6000)])
+    before = pa.total_allocated_bytes()
+    rows = bulk._rows(pa.fs.LocalFileSystem(), str(path), ("name", "image"), 3000, 3256)
+    assert len(next(rows)[1]) == 20_000
+    assert pa.total_allocated_bytes() - before < path.stat().st_size / 2
+    assert len(list(rows)) == 255
 
 
 # ------------------------------------------------------------------------------------ the cluster
