@@ -658,7 +658,7 @@ class _Named(io.BytesIO):
 def _decode(content, name):
     file = _Named(content, name)
     if name.lower().endswith((".dcm", ".dicom")) or content[128:132] == b"DICM":
-        return frames._read_dicom(file, None)
+        return frames.read_dicom(file, None)
     return data.read_image(file)
 
 

@@ -32,7 +32,7 @@ def read(path, frame=None):
         raise FileNotFoundError(f"there is no image file {str(path)!r}")
     if not _is_dicom(path):
         return data.read_image(path)
-    return _read_dicom(path, frame)
+    return read_dicom(path, frame)
 
 
 def _is_dicom(path):
@@ -40,7 +40,11 @@ def _is_dicom(path):
         return path.suffix.lower() in (".dcm", ".dicom") or file.read(132)[128:] == b"DICM"
 
 
-def _read_dicom(path, frame):
+def read_dicom(path, frame):
+    """Read a DICOM whatever its name; the arguments, what it returns and raises are those of `read`.
+
+    `path` may also be an open binary file.
+    """
     import pydicom
     from pydicom import pixels
 

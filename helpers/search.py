@@ -412,8 +412,7 @@ def read_test(task, recipes, rows, fold=0, seeds=(0, 1, 2), path=""):
         found = rows[["image_id", "group"]].assign(
             recipe=recipe, seed=seed, score=score.astype(float)
         )
-        outlined = task.model != "vgg"
-        parts.append(found[(rows.label != "normal") | (not outlined)])
+        parts.append(found if task.model == "vgg" else found[rows.label != "normal"])
     return pd.concat(parts, ignore_index=True)
 
 
@@ -506,14 +505,13 @@ def _alone(folder):
     """Keep a second process out, whose notes would overwrite ours; a killed one lets go."""
     from filelock import FileLock, Timeout  # a part of Ray's installation
 
-    lock = FileLock(folder / "lock")
     try:
-        lock.acquire(blocking=False)
+        held = FileLock(folder / "lock").acquire(blocking=False)
     except Timeout:
         raise BlockingIOError(
             f"another process is running the search in {folder}; wait for it, or choose another name"
         ) from None
-    with lock:
+    with held:
         yield
 
 
