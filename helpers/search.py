@@ -4,13 +4,15 @@ Ray Tune runs and keeps the trials, Optuna's TPE proposes settings, ASHA stops t
 (L. Li et al., MLSys 2020). Here one trial runs on each core; with `RAY_ADDRESS` set the same call runs
 on that cluster, whose nodes must then see the images and the folder under the same paths.
 
-A search lives in `<folder>/searches/<name>`. A stopped one goes on there and repeats at most the trials
-that were running, and these resume after their last state on disk. A finished one is read.
+A search lives in `<folder>/searches/<name>-<hash of all it hangs on>`, so that none meets another's trials.
+A stopped one goes on there and repeats at most the trials that were running, and these resume after their
+last state on disk. A finished one is read.
 """
 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -198,7 +200,7 @@ def grid(task, settings, name, **resources):
     Args:
         task: Task.
         settings: list of dict of choices.
-        name: of the search, which names its folder.
+        name: of the search, with which its folder's name begins.
         resources: `cpus`, `memory` (bytes) and `at_once`, as for `sample`.
 
     Returns:
@@ -207,7 +209,7 @@ def grid(task, settings, name, **resources):
         ..."), `seconds`, `device` and `versions`.
 
     Raises:
-        ValueError: a setting is none of the model, or the folder holds another search.
+        ValueError: a setting is none of the model, or the folder holds something else.
         BlockingIOError: another process is running this search.
         ImportError: Ray or Optuna is not installed.
         ConnectionError, RuntimeError: Ray could not be reached or started; see `helpers.cluster.start`.
@@ -226,7 +228,7 @@ def sample(task, space, trials, name, seed=0, **resources):
         task: Task.
         space: dict from a choice's name to a list of values or a `Range`.
         trials: how many settings.
-        name: of the search, which names its folder.
+        name: of the search, with which its folder's name begins.
         seed: of the sampler. With several trials at once the proposals also hang on which ends first.
         resources: `cpus` per trial (1), `memory` per trial (`MEMORY` bytes), and `at_once`: how many
             trials run at the same time (None: as many as fit).
@@ -464,9 +466,8 @@ def compare(scores, baseline, level=0.95):
 
 
 def _search(task, name, plan, cpus=1, memory=MEMORY, at_once=None):
-    folder = (data.cache_folder(task.folder) / "searches" / name).absolute()
     identity = {"version": VERSION, **task.identity(), **plan}
-    _claim(folder, json.loads(json.dumps(identity, default=dataclasses.asdict)))
+    folder = _claim(data.cache_folder(task.folder) / "searches", name, identity)
     finished = folder / "trials.json"
     if finished.exists():
         print(f"this search was finished before; it is read from {finished}")
@@ -483,21 +484,17 @@ def _search(task, name, plan, cpus=1, memory=MEMORY, at_once=None):
     return trials.assign(score=trials.score.astype(float))
 
 
-def _claim(folder, identity):
-    """Note what is searched here; raise where it is something else."""
-    about = folder / "search.json"
-    if about.exists():
-        there = json.loads(about.read_text())
-        other = [key for key in identity if there.get(key) != identity[key]]
-        if other:
-            raise ValueError(
-                f"{folder} holds another search: its {other[0]} is {there.get(other[0])}, not "
-                f"{identity[other[0]]}; choose another name, or delete the folder"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else; choose another name")
-    else:
-        data.write_whole(about, json.dumps(identity, indent=1).encode())
+def _claim(searches, name, identity):
+    """Return the folder of a search, and note there what is searched."""
+    about = json.dumps(identity, default=dataclasses.asdict, indent=1).encode()
+    folder = (searches / f"{name}-{hashlib.sha256(about).hexdigest()[:8]}").absolute()
+    there = folder / "search.json"
+    if not there.exists() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds something else; choose another name, or delete the folder"
+        )
+    data.write_whole(there, about)
+    return folder
 
 
 @contextlib.contextmanager

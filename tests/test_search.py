@@ -178,14 +178,10 @@ def test_a_listed_search_is_run_kept_and_read_again(task, tmp_path, monkeypatch)
 
     monkeypatch.delattr(cluster, "start")
     pd.testing.assert_frame_equal(search.grid(task, settings, "listed"), table)
-    with pytest.raises(
-        ValueError, match="holds another search: its settings is .* choose another name"
-    ):
-        search.grid(task, settings[:1], "listed")
-    (tmp_path / "searches" / "foreign").mkdir()
-    (tmp_path / "searches" / "foreign" / "notes.txt").touch()
-    with pytest.raises(ValueError, match="foreign holds something else; choose another name"):
-        search.grid(task, settings, "foreign")
+    (folder,) = (tmp_path / "searches").iterdir()
+    (folder / "search.json").unlink()
+    with pytest.raises(ValueError, match="listed-.* holds something else; choose another name"):
+        search.grid(task, settings, "listed")
 
     with (
         search._alone(tmp_path),
@@ -219,6 +215,13 @@ def test_a_sampled_search_and_its_winner_on_the_test_fold(task, lesions, tmp_pat
     assert table.set_index("model").score["mask decoder, winner"] == pytest.approx(
         means["winner"], abs=1e-4
     )
+
+
+def test_searches_of_one_name_lie_side_by_side(tmp_path):
+    plans = [{"settings": [{"seed": 0}]}, {"settings": [{"seed": 1}]}]
+    folders = [search._claim(tmp_path, "twice", plan) for plan in [*plans, plans[0]]]
+    assert folders[0] == folders[2] != folders[1]
+    assert all(folder.name.startswith("twice-") for folder in folders)
 
 
 SLOW = """
