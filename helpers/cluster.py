@@ -7,6 +7,8 @@ import socket
 import sys
 from pathlib import Path
 
+import joblib
+
 from helpers import data
 
 SHARED = Path("/dev/shm")  # where Ray keeps the objects that its processes share
@@ -36,9 +38,10 @@ QUIET = {
 def start(memory=256 * 2**20):
     """Join the Ray cluster that $RAY_ADDRESS names, or start Ray on this machine; say nothing.
 
-    A Ray that this process already uses is used again. On this machine Ray gets every core and, for
-    what its processes share, `memory` bytes of shared memory, or what is left of it where that is
-    less. On a cluster the package is sent along; what it imports must be installed there.
+    A Ray that this process already uses is used again. On this machine Ray gets every core that the
+    process may use (a container's share; $LOKY_MAX_CPU_COUNT) and, for what its processes share,
+    `memory` bytes of shared memory, or what is left of it where that is less. On a cluster the package
+    is sent along; what it imports must be installed there.
 
     Args:
         memory: bytes of the object store; a cluster has its own.
@@ -79,7 +82,7 @@ def start(memory=256 * 2**20):
         with _silent():
             ray.init(
                 "local",
-                num_cpus=os.cpu_count(),
+                num_cpus=joblib.cpu_count(),
                 object_store_memory=memory,
                 include_dashboard=False,
                 runtime_env={"env_vars": THREADS},

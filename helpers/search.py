@@ -27,7 +27,7 @@ from tqdm import tqdm
 from helpers import cluster, data, metrics, prompts, results
 
 VERSION = (
-    1  # raise it with every change that gives other numbers: older searches are then not resumed
+    2  # raise it with every change that gives other numbers: older searches are then not resumed
 )
 TUNE = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the table of trials is ours
@@ -59,6 +59,8 @@ MODELS = {
 class Range:
     """All values from `low` to `high`; with `log` each power of ten is as likely as the next.
 
+    Between whole numbers, such as 5 and 20, only whole ones are drawn.
+
     Raises:
         ValueError: the range is empty, or reaches 0 with `log`.
     """
@@ -76,6 +78,11 @@ class Range:
             raise ValueError(
                 f"the range from {self.low} to {self.high} has no logarithm; low must be above 0"
             )
+
+    @property
+    def whole(self):
+        """Whether both ends are whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +230,8 @@ def grid(task, settings, name, **resources):
 
 def sample(task, space, trials, name, seed=0, **resources):
     """Search a space: Optuna proposes settings, ASHA stops those that fall behind.
+
+    The first setting is the task's own, as near as the space comes to it, so that a winner is seldom worse.
 
     Args:
         task: Task.
@@ -518,9 +527,7 @@ def _embed(task, plan):
         return
     from helpers import embeddings
 
-    settings = plan.get("settings") or [
-        {"views": value} for value in plan["space"].get("views", [task.value("views")])
-    ]
+    settings = plan.get("settings") or [{"views": _largest(task, plan["space"], "views")}]
     views = {(task.value("views", setting), task.value("seed", setting)) for setting in settings}
     embeddings.embed_rows(task.segmenter, task.val, task.folder)
     for view, seed in sorted({(view, seed) for count, seed in views for view in range(count)}):
@@ -568,7 +575,10 @@ def _domains(plan):
         return {"setting": tune.grid_search(plan["settings"])}
     domains = {}
     for name, values in plan["space"].items():
-        if isinstance(values, Range):
+        if isinstance(values, Range) and values.whole:
+            draw = tune.lograndint if values.log else tune.randint
+            domains[name] = draw(values.low, values.high + 1)
+        elif isinstance(values, Range):
             draw = tune.loguniform if values.log else tune.uniform
             domains[name] = draw(values.low, values.high)
         else:
@@ -584,14 +594,29 @@ def _strategy(task, plan):
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    longest = max(plan["space"].get("epochs", [task.value("epochs")]))
+    longest = _largest(task, plan["space"], "epochs")
+    first = {name: _nearest(task.value(name), values) for name, values in plan["space"].items()}
     return {
-        "search_alg": OptunaSearch(metric="score", mode="max", seed=plan["seed"]),
+        "search_alg": OptunaSearch(
+            metric="score", mode="max", points_to_evaluate=[first], seed=plan["seed"]
+        ),
         "scheduler": ASHAScheduler(
             "epoch", "score", "max", max_t=longest, grace_period=max(1, longest // 4)
         ),
         "num_samples": plan["trials"],
     }
+
+
+def _largest(task, space, name):
+    values = space.get(name, [task.value(name)])
+    return values.high if isinstance(values, Range) else max(values)
+
+
+def _nearest(value, values):
+    """Return the value of a space that is nearest to a model's own; the first where it has no such."""
+    if isinstance(values, Range):
+        return min(max(value, values.low), values.high)
+    return value if value in values else values[0]
 
 
 def _optuna():
