@@ -484,6 +484,7 @@ def compile_network(network, choices, steps):
     if choices.loss == "mse":
         measures.append(keras.metrics.MeanIoU(2, name="mean_iou"))
     network.compile(optimizer, LOSSES[choices.loss], metrics=measures)
+    optimizer.build(network.trainable_variables)  # now, or the graph of a step is traced twice
 
 
 class _Keep(keras.callbacks.Callback):

@@ -44,7 +44,9 @@ os.environ |= {
 }
 
 
-LONG = "09", "04", "05", "test_search", "test_unet", "test_bulk", "test_training", "08", "07"
+# What takes longest comes first, so that all workers end together; last comes what reads the others' results.
+ORDER = ("09", "04", "05", "08", "07", "03", "02", "01", "test_search", "test_unet", "test_bulk")
+ORDER += ("test_training", "test_", "06")
 
 
 class Dealing(LoadFileScheduling):
@@ -60,13 +62,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Put first what takes longest, so that both workers end together."""
+    """Deal out in the order of `ORDER`."""
 
     def place(item):
-        name = item.path.stem
-        # Notebook 06 reads what the others wrote.
-        rank = next((k for k, start in enumerate(LONG) if name.startswith(start)), len(LONG))
-        return name.startswith("06"), rank
+        return next(k for k, start in enumerate(ORDER) if item.path.stem.startswith(start))
 
     items.sort(key=place)
 

@@ -118,7 +118,7 @@ def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_pat
     _, everything = filled
     assert tables.folds_table(everything, source="synthetic").empty
     for fold in range(5):
-        rows = data.split(index, fold)
+        rows = data.split(index, fold).groupby("label").head(2)
         scores = metrics.score(rows, prompts.empty_masks(rows))
         scores.loc[scores.label != "normal", "dice"] = 0.5 + fold / 10
         found = {"sensitivity": 0.8, "false_alarms_per_normal_image": 0.25}
