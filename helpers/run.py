@@ -82,8 +82,8 @@ def execute(path, out):
     title = opening.partition("\n")[0].lstrip("# ") or path.stem
     takes = re.search(r"\*\*Takes\*\* ([^.]*)", opening)
     print(f"{title}: {takes[1] if takes else 'running'} ...", flush=True)
-    # Sockets in the file system: kernels warn of unencrypted TCP. And time to end by themselves, with Ray.
-    config = Config(KernelManager={"transport": "ipc", "shutdown_wait_time": 60})
+    # Sockets in the file system: kernels warn of unencrypted TCP.
+    config = Config(KernelManager={"transport": "ipc"})
     client = NotebookClient(
         notebook, timeout=None, kernel_name="python3", coalesce_streams=True, config=config
     )
