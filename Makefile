@@ -9,7 +9,7 @@ help: ## list every target
 
 run: .venv/installed ## execute the notebooks into executed/, with index.html: about 4 hours
 	@echo "Executing the notebooks into executed/: about 4 hours on 2 cores, and the download of BUSI"
-	.venv/bin/python -m helpers.run
+	.venv/bin/python notebooks/execute.py
 
 test: .venv/installed ## test everything, each notebook included: about 6 minutes on 2 cores
 	@echo "Testing helpers/ and every notebook on synthetic images: about 6 minutes on 2 cores"
@@ -25,7 +25,7 @@ format: .venv/installed ## put code and notebooks into the house style
 	.venv/bin/nbstripout notebooks/*.ipynb
 
 pipeline: .venv/installed ## train the automatic pipeline for each test fold of real BUSI, write its weights and results
-	.venv/bin/python -m helpers.crossfit --results results
+	.venv/bin/python -m helpers.pipeline.train --results results
 
 table: .venv/installed ## make README's tables and figure from results/
 	.venv/bin/python -m helpers.tables

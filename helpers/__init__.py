@@ -16,7 +16,7 @@ Where to look:
 | `vgg` | VGG-16: build, train, predict, explain |
 | `heads` | a lesion map and the class from cached embeddings |
 | `frames` | read any frame, PNG, JPEG or DICOM, and say what makes it unfit |
-| `finder` | find the lesion without a box: a lesion map and the class from pixels and embedding |
+| `detector` | find the lesion without a box: a lesion map and the class from pixels and embedding |
 | `diagnosis` | from the predicted outline to calibrated probabilities and "uncertain" |
 | `pipeline` | the parts together: `load()`, `.segment`, `.report`, and the command line |
 | `crossfit` | train a pipeline on the folds that are not the test fold |

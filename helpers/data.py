@@ -12,7 +12,6 @@ registration and suspected frames of one lesion. BUSI has no patient ids: images
 is the same with every version of scikit-learn.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,16 +19,16 @@ import re
 from importlib import resources
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
-from PIL import Image
+
+from helpers import cache
+from helpers.images import drop_specks, first_line, open_image, read_image, read_mask
 
 LABELS = ("normal", "benign", "malignant")
 KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
 DATASET_FOLDER = "Dataset_BUSI_with_GT"
 N_FOLDS = 5
-SPECK = 20  # pixels; a smaller component of the truth is a slip of the annotator's pen
 SYNTHETIC_MARKER = "synthetic.json"  # helpers.synthetic writes it; its presence names the source
 COLUMNS = [
     "image_id",
@@ -85,10 +84,6 @@ def _dataset_folder(root, source):
         f"{DATASET_FOLDER}/ below it (found {found}). Point it at the folder that holds "
         f"{DATASET_FOLDER}."
     )
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def load_index(root=None):
@@ -199,42 +194,10 @@ def load_dataset(choice="auto", synthetic_images=40):
             return load_index(folder)
     from helpers import synthetic
 
-    folder = cache_folder() / f"synthetic-v{synthetic.VERSION}-{synthetic_images}"
+    folder = cache.folder() / f"synthetic-v{synthetic.VERSION}-{synthetic_images}"
     index = load_index(synthetic.make_busi(folder, synthetic_images))
     print(f"Data: SYNTHETIC phantom, not patients ({reason})")
     return index
-
-
-def cache_folder(path=""):
-    """Return the folder for what can be made again: `path`, else ours in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if path:
-        return Path(path).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "breast-ultrasound-notebooks"
-
-
-def write_whole(target, content):
-    """Write bytes to a file that appears whole or not at all.
-
-    Raises:
-        OSError: the file can't be written; what stood there before is untouched.
-    """
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, target)
-    except OSError as error:
-        raise OSError(
-            f"{target} could not be written ({error.strerror}); make room or choose another folder. "
-            "What stood there before is untouched"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
 
 
 def load_busbra(root):
@@ -329,68 +292,9 @@ def _busbra_mask(folder, name):
     return published if published.is_file() else folder / f"{name}.png"
 
 
-def read_image(path):
-    """Read an image as uint8 (H, W, 3) RGB, whether stored grey, RGB, RGBA or with a palette.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is cut off, no image, or deeper than 8 bits.
-    """
-    return np.array(_open(path).convert("RGB"))
-
-
-def read_mask(paths, shape):
-    """Join the mask files of one image.
-
-    Args:
-        paths: mask files; 1-bit, grey, RGB or RGBA. A pixel counts where it is brighter than half
-            of the file's brightest, so that 0/1 files read like 0/255 ones.
-        shape: (H, W) of the image, or its (H, W, 3) shape.
-
-    Returns:
-        bool (H, W), True where any file marks a lesion; all False for a normal image.
-
-    Raises:
-        ValueError: a mask is cut off, or of another size than the image.
-    """
-    joined = np.zeros(shape[:2], dtype=bool)
-    for path in paths:
-        values = np.asarray(_open(path).convert("L"))
-        if values.shape != joined.shape:
-            raise ValueError(
-                f"mask {path} is {values.shape[1]} x {values.shape[0]} pixels, its image "
-                f"{joined.shape[1]} x {joined.shape[0]}; fetch the pair again, never resize a mask "
-                "to fit"
-            )
-        joined |= values > values.max() / 2
-    return joined
-
-
-def _open(path, pixels=True):
-    """Open an image file; with `pixels=False` only its header is read."""
-    try:
-        with Image.open(path) as image:
-            # Pillow would keep the high byte of 16-bit colours, and say nothing.
-            deep = any("16" in str(tile[3]) for tile in image.tile)
-            if pixels:
-                image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image file {path}; fetch the data set again") from None
-    except (OSError, SyntaxError) as error:  # Pillow's errors for a foreign or a cut-off file
-        raise ValueError(
-            f"{path} is not a whole image ({first_line(error)}); fetch it again"
-        ) from error
-    if deep or image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(
-            f"{path} has more than 8 bits a channel (mode {image.mode}); scale it to 0..255 and save "
-            "it as 8-bit, so that its brightness is your choice"
-        )
-    return image
-
-
 def image_shape(row):
     """Return (H, W) of the image of one row of an index; reads only the file's header."""
-    return _open(row.image_path, pixels=False).size[::-1]
+    return open_image(row.image_path, pixels=False).size[::-1]
 
 
 def read_truth(row):
@@ -400,14 +304,6 @@ def read_truth(row):
         bool (H, W): the mask files joined, without specks.
     """
     return drop_specks(read_mask(row.mask_paths, image_shape(row)))
-
-
-def drop_specks(mask):
-    """Return a bool (H, W) mask without its 8-connected components of under 20 pixels."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    large = stats[:, cv2.CC_STAT_AREA] >= SPECK
-    large[0] = False  # the background
-    return large[labels]
 
 
 def measure(index):

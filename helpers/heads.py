@@ -19,14 +19,15 @@ from monai.losses import DiceCELoss
 from torch import nn
 from tqdm import tqdm
 
-from helpers import augment, data, embeddings
+from helpers import augment, cache, data
+from helpers.sam import embeddings
 
 VERSION = 2  # raise it with every change that gives other numbers: older runs are then made again
 OUTSIDE = -20.0  # the logit of "lesion" where the input was padded
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
+class Config:
     """What a head and its training hang on besides embeddings and data.
 
     Attributes:
@@ -141,17 +142,17 @@ class Head(nn.Module):
         return torch.stack(votes).mean(0)
 
 
-def fit(segmenter, train, val, folder="", **choices):
+def fit(segmenter, train, val, folder="", **config):
     """Train a head on a segmenter's embeddings; it ends with the epoch of the lowest loss on `val`.
 
-    A finished run is read from its folder, named by encoder, data and choices.
+    A finished run is read from its folder, named by encoder, data and config.
 
     Args:
         segmenter: helpers.sam.Segmenter, whose frozen encoder is used.
         train: rows of an index; normal images take part with their empty mask.
         val: rows of an index to choose the epoch by; never the test fold.
-        folder: for embeddings and runs; "" is `helpers.data.cache_folder()`.
-        choices: the fields of `Choices`.
+        folder: for embeddings and runs; "" is `helpers.cache.folder()`.
+        config: the fields of `Config`.
 
     Returns:
         (Head, DataFrame). The frame has one row per epoch from 1: `epoch`, `train_loss` and `val_loss`
@@ -164,54 +165,53 @@ def fit(segmenter, train, val, folder="", **choices):
         FloatingPointError: the loss is no finite number.
         OSError: the folder can't be written to.
     """
-    choices = Choices(**choices)
+    config = Config(**config)
     data.check_apart(train, val)
     data.check_classes(train)
     parts = [
         VERSION,
-        dataclasses.asdict(choices),
+        dataclasses.asdict(config),
         embeddings.encoder_hash(segmenter),
         data.signature(train),
         data.signature(val),
     ]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    run = data.cache_folder(folder) / "heads" / key
+    run = cache.folder(folder) / "heads" / key
     if (run / "head.safetensors").exists():
         print(f"this run was finished before; it is read from {run}")
     else:
-        head, history = _train(segmenter, train, val, folder, choices)
-        data.write_whole(run / "history.csv", pd.DataFrame(history).to_csv(index=False).encode())
+        head, history = _train(segmenter, train, val, folder, config)
+        cache.write(run / "history.csv", pd.DataFrame(history).to_csv(index=False).encode())
         save(head, run / "head.safetensors")
     history = pd.read_csv(run / "history.csv")
     history["best"] = history.epoch == history.epoch[history.val_loss.idxmin()]
     return load(run / "head.safetensors"), history.assign(source=train.source.iloc[0])
 
 
-def _train(segmenter, train, val, folder, choices):
+def _train(segmenter, train, val, folder, config):
     device, mixed = segmenter.device, segmenter.precision == "bfloat16"
     views = [
-        embeddings.embed_rows(segmenter, train, folder, view, choices.seed)
-        for view in range(choices.views)
+        embeddings.embed_rows(segmenter, train, folder, view, config.seed)
+        for view in range(config.views)
     ]
     views = [[found[name] for name in train.image_id] for found in views]
     channels, *grid = views[0][0].features.shape
-    maps = [_maps(train, found, grid, view, choices.seed) for view, found in enumerate(views)]
+    maps = [_maps(train, found, grid, view, config.seed) for view, found in enumerate(views)]
     val_found = embeddings.embed_rows(segmenter, val, folder)
     labels, val_labels = (
         torch.tensor([data.LABELS.index(label) for label in rows.label]) for rows in (train, val)
     )
     weight = None
-    if choices.balance:
+    if config.balance:
         weight = (len(labels) / torch.bincount(labels) / len(data.LABELS)).float().to(device)
     with torch.random.fork_rng():
         runs = [
-            _Run(channels, choices, number, len(labels), device)
-            for number in range(choices.members)
+            _Run(channels, config, number, len(labels), device) for number in range(config.members)
         ]
-        head = Head(channels, choices.width, choices.dropout, choices.shrink, choices.members)
+        head = Head(channels, config.width, config.dropout, config.shrink, config.members)
     head.members = nn.ModuleList(run.averaged.module for run in runs)
     history, best = [], None
-    for epoch in tqdm(range(1, choices.epochs + 1), "training", unit="epoch", file=sys.stdout):
+    for epoch in tqdm(range(1, config.epochs + 1), "training", unit="epoch", file=sys.stdout):
         start = time.perf_counter()
         sums = [run.epoch(epoch, views, maps, labels, weight, mixed) for run in runs]
         losses, correct = (sum(parts) / len(labels) / len(runs) for parts in zip(*sums))
@@ -235,37 +235,37 @@ def _train(segmenter, train, val, folder, choices):
 class _Run:
     """The training of one member."""
 
-    def __init__(self, channels, choices, number, images, device):
-        self.choices, self.device = choices, device
-        self.seed = choices.seed + number
-        self.steps = max(1, images // choices.batch_size)
+    def __init__(self, channels, config, number, images, device):
+        self.config, self.device = config, device
+        self.seed = config.seed + number
+        self.steps = max(1, images // config.batch_size)
         torch.manual_seed(self.seed)
-        self.member = Member(channels, choices.width, choices.dropout).to(device)
+        self.member = Member(channels, config.width, config.dropout).to(device)
         self.optimizer = torch.optim.AdamW(
-            self.member.parameters(), choices.learning_rate, weight_decay=choices.weight_decay
+            self.member.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, choices.learning_rate, total_steps=self.steps * choices.epochs
+            self.optimizer, config.learning_rate, total_steps=self.steps * config.epochs
         )
         self.averaged = torch.optim.swa_utils.AveragedModel(
-            self.member, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(choices.average)
+            self.member, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.average)
         )
         self.map_loss = DiceCELoss(sigmoid=True, squared_pred=True, batch=True)
 
     def epoch(self, epoch, views, maps, labels, weight, mixed):
         """Pass over the training images once; return the sums of loss and of right answers."""
-        choices, device = self.choices, self.device
+        config, device = self.config, self.device
         losses = correct = 0.0
         self.member.train()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed * 1_000_003 + epoch)
             for batch in torch.randperm(len(labels)).tensor_split(self.steps):
-                drawn = torch.randint(choices.views, (len(batch),)).tolist()
+                drawn = torch.randint(config.views, (len(batch),)).tolist()
                 picked = [views[view][i] for view, i in zip(drawn, batch.tolist())]
                 truth = torch.stack([maps[view][i] for view, i in zip(drawn, batch.tolist())])
                 features, inside = _inputs(picked, device)
-                truth, _ = _shrunk(truth[:, None].float().to(device), inside, choices.shrink)
-                features, inside = _shrunk(features, inside, choices.shrink)
+                truth, _ = _shrunk(truth[:, None].float().to(device), inside, config.shrink)
+                features, inside = _shrunk(features, inside, config.shrink)
                 with torch.autocast(device.type, torch.bfloat16, mixed):
                     lesion, logits = (part.float() for part in self.member(features, inside))
                 target = labels[batch].to(device)
@@ -273,7 +273,7 @@ class _Run:
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
                         f"the training loss of epoch {epoch} is {loss.item()}; lower learning_rate "
-                        f"(now {choices.learning_rate})"
+                        f"(now {config.learning_rate})"
                     )
                 self.optimizer.zero_grad()
                 (loss + self.map_loss(lesion, truth)).backward()
@@ -331,7 +331,7 @@ def predict(head, found, batch_size=16):
 
     Args:
         head: from `fit` or `load`.
-        found: dict from image_id to embedding, as from `helpers.embeddings.embed_rows`.
+        found: dict from image_id to embedding, as from `helpers.sam.embeddings.embed_rows`.
         batch_size: images per pass.
 
     Returns:
@@ -352,7 +352,7 @@ def save(head, path):
 
     described = {"head": json.dumps(head.shape)}
     weights = {name: value.contiguous().cpu() for name, value in head.state_dict().items()}
-    data.write_whole(path, to_bytes(weights, described))
+    cache.write(path, to_bytes(weights, described))
 
 
 def load(path):

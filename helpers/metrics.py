@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from helpers import data, prompts
+from helpers import data, images, prompts
 
 OVERLAP = ("dice", "iou", "precision", "recall", "pixel_accuracy")
 SEGMENTATION = (*OVERLAP, "hd95", "nsd")
@@ -42,7 +42,7 @@ def segmentation(predicted, truth, surface=True):
         raise ValueError(
             f"predicted is {predicted.shape}, truth {truth.shape}; score at the image's own size"
         )
-    truth = data.drop_specks(truth)
+    truth = images.drop_specks(truth)
     pixel_accuracy = float((predicted == truth).mean())
     if predicted.any() and truth.any():
         scores = _overlap(predicted, truth) | {"pixel_accuracy": pixel_accuracy}

@@ -57,15 +57,15 @@ def fit(rows, masks):
             f"outlines of both benign and malignant lesions are needed; these are "
             f"{measured.label.value_counts().to_dict()}"
         )
-    judge = LogisticRegression(C=1e3, class_weight="balanced")
-    return judge.fit(measured[["solidity"]].to_numpy(), measured.label == "malignant")
+    classifier = LogisticRegression(C=1e3, class_weight="balanced")
+    return classifier.fit(measured[["solidity"]].to_numpy(), measured.label == "malignant")
 
 
-def predict(judge, rows, masks):
+def predict(classifier, rows, masks):
     """Name rows by their outlines.
 
     Args:
-        judge: from `fit`.
+        classifier: from `fit`.
         rows: the N rows of an index.
         masks: dict from image_id to bool (H, W); an empty one is named normal.
 
@@ -74,6 +74,6 @@ def predict(judge, rows, masks):
     """
     values = solidities(rows, masks).solidity.to_numpy()
     empty = np.isnan(values)
-    malignant = judge.predict_proba(np.where(empty, 1, values)[:, None])[:, 1]
+    malignant = classifier.predict_proba(np.where(empty, 1, values)[:, None])[:, 1]
     lesion = np.stack([np.zeros_like(malignant), 1 - malignant, malignant], axis=1)
     return np.where(empty[:, None], [1.0, 0.0, 0.0], lesion)

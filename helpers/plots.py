@@ -6,7 +6,8 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart.
 import matplotlib.pyplot as plt
 import numpy as np
 
-from helpers import data, degrade, findings
+from helpers import data
+from helpers.pipeline import evaluate, robustness
 from helpers.results import FROM_THE_TRUTH, INPUTS, PROMPTS
 
 LABEL_COLOURS = {"normal": "#0072B2", "benign": "#009E73", "malignant": "#D55E00"}
@@ -604,7 +605,7 @@ def failures(failed, found, title, columns=4):
     """Failed outlines beside the truth, each with its cause and Dice.
 
     Args:
-        failed: DataFrame from `helpers.findings.failures`.
+        failed: DataFrame from `helpers.evaluate.failures`.
         found: dict from image_id to helpers.pipeline.Finding.
         title: of the figure.
         columns: images side by side.
@@ -622,7 +623,7 @@ def confidence_curve(table, rows, title="Does the pipeline know when it is wrong
     """Two panels: expected against true Dice, and mean Dice of the surest share of the images.
 
     Args:
-        table: DataFrame from `helpers.findings.confidence`.
+        table: DataFrame from `helpers.evaluate.confidence`.
         rows: rows of the index, for the title.
         title: of the figure.
     """
@@ -670,13 +671,13 @@ def _found(finding):
 
 def degradations(image, mask, row):
     """The frame at every level of every degradation, with its truth."""
-    kinds, levels = degrade.KINDS, degrade.LEVELS
+    kinds, levels = robustness.KINDS, robustness.LEVELS
     figure, cells = plt.subplots(
         len(kinds), len(levels), figsize=(11, 10), layout="constrained", squeeze=False
     )
     for line, kind in zip(cells, kinds):
         for cell, level in zip(line, levels):
-            changed, truth = degrade.apply(image, mask, kind, level, row.image_id)
+            changed, truth = robustness.apply(image, mask, kind, level, row.image_id)
             cell.imshow(changed, aspect="auto")
             _contour(cell, truth, TRUTH)
             cell.set_axis_off()
@@ -688,7 +689,7 @@ def degradation_curves(table, rows, seed=0):
     """Mean Dice against the level of each degradation, with 95 % intervals.
 
     Args:
-        table: DataFrame from `helpers.findings.degraded`.
+        table: DataFrame from `helpers.evaluate.degraded`.
         rows: rows of the index, for the title.
         seed: of the bootstrap.
     """
@@ -699,7 +700,7 @@ def degradation_curves(table, rows, seed=0):
     for cell in cells.flat[len(kinds) :]:
         cell.set_axis_off()
     for cell, kind in zip(cells.flat, kinds):
-        means = findings.by(table[table.kind == kind], "level", seed)
+        means = evaluate.by(table[table.kind == kind], "level", seed)
         cell.plot(means.level, means.dice, color=PREDICTION, marker="o")
         cell.fill_between(means.level, means.low, means.high, color=PREDICTION, alpha=0.2)
         cell.set_title(kind, fontsize=10)
@@ -713,7 +714,7 @@ def means_by(table, column, rows, title):
     """Mean Dice with its interval for each value of a column.
 
     Args:
-        table: DataFrame from `helpers.findings.by`.
+        table: DataFrame from `helpers.evaluate.by`.
         column: its first column.
         rows: rows of the index, for the title.
         title: of the figure.
@@ -731,7 +732,7 @@ def value_strips(table, rows, measure, title):
     """Panels, one per choice: the mean score of each value with its interval over seeds.
 
     Args:
-        table: DataFrame from `helpers.search.by_value`.
+        table: DataFrame from `helpers.scale.search.by_value`.
         rows: rows of the index, for the title.
         measure: "Dice" or "accuracy".
         title: of the figure.
@@ -775,7 +776,7 @@ def trial_curves(trials, rows, measure, title):
     """Score against epoch of every trial of a search, the best in front.
 
     Args:
-        trials: DataFrame from `helpers.search.sample`.
+        trials: DataFrame from `helpers.scale.search.sample`.
         rows: rows of the index, for the title.
         measure: "Dice" or "accuracy".
         title: of the figure.
@@ -806,7 +807,7 @@ def parallel_coordinates(trials, rows, measure, title):
     """A line per trial through the values of its choices to its score, the better the darker (by rank).
 
     Args:
-        trials: DataFrame from `helpers.search.sample`; those without a score are left out.
+        trials: DataFrame from `helpers.scale.search.sample`; those without a score are left out.
         rows: rows of the index, for the title.
         measure: "Dice" or "accuracy".
         title: of the figure.
@@ -859,7 +860,7 @@ def importance(shares, rows, title):
     """Bars: the share of the score's variance that each choice explains.
 
     Args:
-        shares: dict from `helpers.search.importance`.
+        shares: dict from `helpers.scale.search.importance`.
         rows: rows of the index, for the title.
         title: of the figure.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers import data, metrics
+from helpers import cache, data, metrics
 
 FORMAT = 2
 PACKAGES = (
@@ -182,7 +182,7 @@ def save_trials(trials, train, val, *, name, model, measure, settings, path=""):
     """Write the trials of a search; the file appears whole or not at all.
 
     Args:
-        trials: DataFrame from `helpers.search.grid` or `helpers.search.sample`.
+        trials: DataFrame from `helpers.scale.search.grid` or `helpers.scale.search.sample`.
         train, val: rows of the index that were learnt from and that gave the scores.
         name: of the search; with the data's source it names the file.
         model: the model's name, such as "U-Net".
@@ -220,7 +220,7 @@ def save_trials(trials, train, val, *, name, model, measure, settings, path=""):
     lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows.to_dict("records"))
     text = json.dumps(header | {"machines": known}, indent=1).removesuffix("\n}")
     target = folder(path) / "trials" / f"{source}-{name}.json".lower().replace(" ", "-")
-    data.write_whole(target, f'{text},\n "trials": [\n{lines}\n ]\n}}\n'.encode())
+    cache.write(target, f'{text},\n "trials": [\n{lines}\n ]\n}}\n'.encode())
     return target
 
 
@@ -257,7 +257,7 @@ def _write(result, rows, settings, details, *, seed, fold, device, seconds, path
     target = folder(path) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
     per_image = {"per_image": result.pop("per_image")}  # last, for it is long
     text = json.dumps(result | header | per_image, indent=1, allow_nan=False)
-    data.write_whole(target, f"{text}\n".encode())
+    cache.write(target, f"{text}\n".encode())
     return target
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers import data
+from helpers import cache, data
 from helpers.data import DATASET_FOLDER, SYNTHETIC_MARKER
 
 CLASSES = ("benign", "malignant", "normal")
@@ -85,7 +85,7 @@ def to_learn_from(images_per_class, folder=""):
 
     Args:
         images_per_class: `LEAST_TO_LEARN_FROM` or more.
-        folder: to keep them in; "" is `helpers.data.cache_folder()`.
+        folder: to keep them in; "" is `helpers.cache.folder()`.
 
     Returns:
         (train, val): rows of an index. They are other phantoms than those that stand in for BUSI.
@@ -98,7 +98,7 @@ def to_learn_from(images_per_class, folder=""):
             f"phantoms is {images_per_class}; it must be 0 (none), or {LEAST_TO_LEARN_FROM} or more"
         )
     name = f"synthetic-v{VERSION}-{images_per_class}-pretraining"
-    root = make_busi(data.cache_folder(folder) / name, images_per_class, PRETRAINING_SEED)
+    root = make_busi(cache.folder(folder) / name, images_per_class, PRETRAINING_SEED)
     split = data.split(data.load_index(root))
     return split[split.subset != "val"], data.scored(split, "val")
 

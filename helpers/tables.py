@@ -7,8 +7,9 @@ import json
 
 import pandas as pd
 
-from helpers import data, search
+from helpers import cache, data
 from helpers.results import INPUTS, PROMPTS, folder, load_all, select
+from helpers.scale import search
 
 # What the comparison wants to see: the notebook that makes it, the prompt, a part of the model's name.
 EXPECTED = (
@@ -285,7 +286,7 @@ def markdown(frame):
 
 
 def tricks_table(path=""):
-    """Lay results/tricks.csv out for reading: what each fine-tuning trick gave on validation.
+    """Lay results/ablation.csv out for reading: what each fine-tuning trick gave on validation.
 
     Args:
         path: folder of result files, as for `folder`.
@@ -294,7 +295,7 @@ def tricks_table(path=""):
         DataFrame of text: trick, the epoch that was kept, and mean Dice with tight boxes (all, benign,
         malignant) and with jittered ones.
     """
-    tricks = pd.read_csv(folder(path) / "tricks.csv")
+    tricks = pd.read_csv(folder(path) / "ablation.csv")
     columns = {"Trick": tricks.trick}
     columns["Kept epoch"] = [
         "" if pd.isna(epoch) else f"{epoch:.0f}" for epoch in tricks.kept_epoch
@@ -310,7 +311,7 @@ def tricks_table(path=""):
 
 
 def tuned_table(path=""):
-    """Lay out what retrained recipes score on the test fold, from the files of `helpers.search.read_test`.
+    """Lay out what retrained recipes score on the test fold, from the files of `helpers.scale.search.read_test`.
 
     Args:
         path: folder of result files, as for `folder`; the files lie in `tuned/` there.
@@ -384,7 +385,7 @@ def write_readme():
         before, start, rest = text.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         text = f"{before}{start}\n{markdown(frame)}\n{end}{after}"
-    data.write_whole(readme, text.encode())
+    cache.write(readme, text.encode())
     plots.comparison(results).savefig(folder() / "comparison.png", dpi=150)
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from helpers import data, synthetic
+from helpers import cache, data, synthetic
 
 
 @contextlib.contextmanager
@@ -98,7 +98,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
+class Config:
     """What a U-Net and its training hang on besides the data. The defaults are the reference recipe.
 
     Attributes:
@@ -215,58 +215,58 @@ class MeanDice(keras.metrics.Metric):
 LOSSES = {"mse": "mean_squared_error", "dice+ce": dice_and_cross_entropy}
 
 
-def build(choices=None):
+def build(config=None):
     """Build a U-Net with random weights.
 
     Args:
-        choices: `Choices`; None is the reference network.
+        config: `Config`; None is the reference network.
 
     Returns:
         keras.Model named "unet", from float (N, size, size, 1) in 0..1 to (N, size, size, 1): logits,
         or with the loss "mse" the output of a ReLU. The last layer of each level is named "down_1"
         to "down_4", "bottleneck", "up_4" to "up_1".
     """
-    choices = choices or Choices()
-    keras.utils.set_random_seed(choices.seed)
+    config = config or Config()
+    keras.utils.set_random_seed(config.seed)
     before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(_policy(choices.precision))
+    keras.config.set_dtype_policy(_policy(config.precision))
     try:
-        return _network(choices)
+        return _network(config)
     finally:
         keras.config.set_dtype_policy(before)
 
 
-def _network(choices):
+def _network(config):
     def convolve(x, filters, name=None):
         x = layers.Conv2D(
             filters,
             3,
             padding="same",
-            use_bias=not choices.batch_norm,
+            use_bias=not config.batch_norm,
             kernel_initializer="he_normal",
         )(x)
-        if choices.batch_norm:
+        if config.batch_norm:
             x = layers.BatchNormalization()(x)
-        return layers.Activation(choices.activation, name=name)(x)
+        return layers.Activation(config.activation, name=name)(x)
 
     def level(x, filters, dropout, name):
         x = convolve(x, filters)
         x = layers.Dropout(dropout)(x)
         return convolve(x, filters, name)
 
-    down, up = choices.dropout
-    image = x = keras.Input((choices.size, choices.size, 1), name="image")
+    down, up = config.dropout
+    image = x = keras.Input((config.size, config.size, 1), name="image")
     skips = []
     for k in range(LEVELS):
-        x = level(x, choices.width * 2**k, down, f"down_{k + 1}")
+        x = level(x, config.width * 2**k, down, f"down_{k + 1}")
         skips.append(x)
         x = layers.MaxPooling2D()(x)
-    x = level(x, choices.width * 2**LEVELS, down, "bottleneck")
+    x = level(x, config.width * 2**LEVELS, down, "bottleneck")
     for k in reversed(range(LEVELS)):
-        x = layers.Conv2DTranspose(choices.width * 2**k, 2, strides=2)(x)
+        x = layers.Conv2DTranspose(config.width * 2**k, 2, strides=2)(x)
         x = layers.Concatenate()([x, skips[k]])
-        x = level(x, choices.width * 2**k, up, f"up_{k + 1}")
-    activation = "relu" if choices.loss == "mse" else "linear"
+        x = level(x, config.width * 2**k, up, f"up_{k + 1}")
+    activation = "relu" if config.loss == "mse" else "linear"
     x = layers.Conv2D(1, 1, activation=activation, dtype="float32", name="head")(x)
     return keras.Model(image, x, name="unet")
 
@@ -318,33 +318,33 @@ def _stretch(image, size):
     return cv2.resize(grey, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def batches(rows, choices, done=0):
+def batches(rows, config, done=0):
     """Make the endless training stream: shuffled, augmented, the same for the same arguments.
 
     Args:
         rows: rows of an index.
-        choices: `Choices`.
+        config: `Config`.
         done: steps to skip, which costs nothing.
 
     Returns:
         tf.data.Dataset of (images, masks), float32 (batch_size, size, size, 1) in 0..1.
     """
-    images, masks = (tf.constant(array) for array in pixels(rows, choices.size))
+    images, masks = (tf.constant(array) for array in pixels(rows, config.size))
 
     def take(step, which):
         x, y = tf.gather(images, which), tf.gather(masks, which)
         x, y = tf.cast(x, tf.float32) / 255, tf.cast(y, tf.float32)
-        return _augmented(x, y, choices, step) if choices.augment else (x, y)
+        return _augmented(x, y, config, step) if config.augment else (x, y)
 
-    order = tf.data.Dataset.range(len(rows)).shuffle(len(rows), choices.seed).repeat()
-    steps = order.batch(choices.batch_size, drop_remainder=True).enumerate().skip(done)
+    order = tf.data.Dataset.range(len(rows)).shuffle(len(rows), config.seed).repeat()
+    steps = order.batch(config.batch_size, drop_remainder=True).enumerate().skip(done)
     return steps.map(take, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def _augmented(images, masks, choices, step):
+def _augmented(images, masks, config, step):
     """Move a batch and its masks alike, each image its own way, and change the images' gain."""
-    number, size, strength = choices.batch_size, choices.size, choices.augment
-    draw = tf.random.stateless_uniform((9, number), (choices.seed, step), -1, 1)
+    number, size, strength = config.batch_size, config.size, config.augment
+    draw = tf.random.stateless_uniform((9, number), (config.seed, step), -1, 1)
     turn = draw[0] * strength * math.radians(15)
     scale, stretch = tf.exp(draw[1] * strength * 0.25), tf.exp(draw[2] * strength * 0.1)
     mirror = tf.where(draw[3] < 0, -1.0, 1.0)
@@ -376,19 +376,19 @@ def _augmented(images, masks, choices, step):
     return images, tf.round(move(masks))
 
 
-def fit(train, val, folder="", report=None, **choices):
+def fit(train, val, folder="", report=None, **config):
     """Train a U-Net; it ends with the weights of the best epoch by mean Dice on `val`.
 
-    The run is kept in a folder of its own, named by data and choices. A stopped run goes on after its
+    The run is kept in a folder of its own, named by data and config. A stopped run goes on after its
     last whole epoch; a finished one is read.
 
     Args:
         train: rows of an index; normal images take part with their empty mask.
         val: rows of an index to choose the epoch by; never the test fold.
-        folder: for the runs; "" is `helpers.data.cache_folder()`.
+        folder: for the runs; "" is `helpers.cache.folder()`.
         report: called after each epoch with the history so far, a list of dicts; what it raises ends
             the training.
-        choices: the fields of `Choices`.
+        config: the fields of `Config`.
 
     Returns:
         (keras.Model, DataFrame). The frame has one row per epoch from 1: `epoch`, `train_loss`,
@@ -402,100 +402,100 @@ def fit(train, val, folder="", report=None, **choices):
         FloatingPointError: the loss is no finite number.
         OSError: the folder can't be written to.
     """
-    choices = Choices(**choices)
+    config = Config(**config)
     data.check_apart(train, val)
-    run = data.cache_folder(folder) / "unet" / _key(train, val, choices)
+    run = cache.folder(folder) / "unet" / _key(train, val, config)
     finished, table = run / "unet.keras", run / "history.csv"
     if finished.exists():
         print(f"this run was finished before; it is read from {finished}")
     else:
         run.mkdir(parents=True, exist_ok=True)
-        _train(train, val, choices, run, folder, report)
+        _train(train, val, config, run, folder, report)
     history = pd.read_csv(table)
     history["best"] = history.epoch == history.epoch[history.val_dice.idxmax()]
     return load(finished), history.assign(source=train.source.iloc[0])
 
 
-def _key(train, val, choices):
+def _key(train, val, config):
     parts = [
         VERSION,
         keras.backend.backend(),
-        dataclasses.asdict(choices) | {"precision": _policy(choices.precision)},
+        dataclasses.asdict(config) | {"precision": _policy(config.precision)},
         data.signature(train),
         data.signature(val),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _train(train, val, choices, run, folder, report):
-    steps = max(1, len(train) // choices.batch_size)
+def _train(train, val, config, run, folder, report):
+    steps = max(1, len(train) // config.batch_size)
     state, table, best = run / "state.keras", run / "history.csv", run / "best.weights.h5"
     if state.exists():
         network = keras.models.load_model(state)
         done = int(network.optimizer.iterations) // steps
         history = pd.read_csv(table).query("epoch <= @done").to_dict("records")
     else:
-        network, done, history = build(choices), 0, []
-        if choices.phantoms:
-            network.set_weights(_learn_from_phantoms(choices, folder).get_weights())
-        compile_network(network, choices, choices.epochs * steps)
-    images, masks = pixels(val, choices.size)
+        network, done, history = build(config), 0, []
+        if config.phantoms:
+            network.set_weights(_learn_from_phantoms(config, folder).get_weights())
+        compile_network(network, config, config.epochs * steps)
+    images, masks = pixels(val, config.size)
     validation = tf.data.Dataset.from_tensor_slices((images / np.float32(255), masks))
-    keep = _Keep(history, state, table, best, choices, report)
+    keep = _Keep(history, state, table, best, config, report)
     network.fit(
-        batches(train, choices, done * steps),
-        validation_data=validation.batch(choices.batch_size),
-        epochs=choices.epochs,
+        batches(train, config, done * steps),
+        validation_data=validation.batch(config.batch_size),
+        epochs=config.epochs,
         initial_epoch=done,
         steps_per_epoch=steps,
-        callbacks=[*([keras.callbacks.SwapEMAWeights(True)] if choices.average else []), keep],
+        callbacks=[*([keras.callbacks.SwapEMAWeights(True)] if config.average else []), keep],
         shuffle=False,  # the stream is shuffled
         verbose=0,
     )
     keep.write_history()
     network.load_weights(best)
-    plain = build(choices)  # without the optimiser, which is twice the network's size
+    plain = build(config)  # without the optimiser, which is twice the network's size
     plain.set_weights(network.get_weights())
     save(plain, run / "unet.keras")
     for path in (state, best):
         path.unlink(missing_ok=True)
 
 
-def _learn_from_phantoms(choices, folder):
+def _learn_from_phantoms(config, folder):
     """Train on synthetic images first; the run is kept and serves every split of the real ones."""
-    train, val = synthetic.to_learn_from(choices.phantoms, folder)
-    first = dataclasses.asdict(choices) | {"phantoms": 0, "epochs": choices.phantom_epochs}
+    train, val = synthetic.to_learn_from(config.phantoms, folder)
+    first = dataclasses.asdict(config) | {"phantoms": 0, "epochs": config.phantom_epochs}
     print(f"first {len(train)} synthetic images, then the training images")
     return fit(train, val, folder, **first)[0]
 
 
-def compile_network(network, choices, steps):
+def compile_network(network, config, steps):
     """Give a network its optimiser, loss and metrics, for training over `steps` steps."""
-    rate = choices.learning_rate
-    if choices.schedule == "cosine":
+    rate = config.learning_rate
+    if config.schedule == "cosine":
         rate = keras.optimizers.schedules.CosineDecay(rate, steps)
-    optimizer = OPTIMIZERS[choices.optimizer](
+    optimizer = OPTIMIZERS[config.optimizer](
         rate,
-        weight_decay=choices.weight_decay,
-        use_ema=choices.average > 0,
-        ema_momentum=choices.average or 0.99,
+        weight_decay=config.weight_decay,
+        use_ema=config.average > 0,
+        ema_momentum=config.average or 0.99,
     )
-    measures = [MeanDice(0.5 if choices.loss == "mse" else 0.0)]
-    if choices.loss == "mse":
+    measures = [MeanDice(0.5 if config.loss == "mse" else 0.0)]
+    if config.loss == "mse":
         measures.append(keras.metrics.MeanIoU(2, name="mean_iou"))
-    network.compile(optimizer, LOSSES[choices.loss], metrics=measures)
+    network.compile(optimizer, LOSSES[config.loss], metrics=measures)
     optimizer.build(network.trainable_variables)  # now, or the graph of a step is traced twice
 
 
 class _Keep(keras.callbacks.Callback):
     """Keeps the history, the best weights, and a state to resume from."""
 
-    def __init__(self, history, state, table, best, choices, report):
+    def __init__(self, history, state, table, best, config, report):
         super().__init__()
-        self.seed, self.report = choices.seed, report
+        self.seed, self.report = config.seed, report
         self.history, self.state, self.table, self.best = history, state, table, best
         self.progress = tqdm(
-            total=choices.epochs,
+            total=config.epochs,
             initial=len(history),
             desc="training",
             unit="epoch",
@@ -534,7 +534,7 @@ class _Keep(keras.callbacks.Callback):
         self.progress.close()
 
     def write_history(self):
-        data.write_whole(self.table, pd.DataFrame(self.history).to_csv(index=False).encode())
+        cache.write(self.table, pd.DataFrame(self.history).to_csv(index=False).encode())
 
 
 def save(network, path):

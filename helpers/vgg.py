@@ -22,7 +22,7 @@ from torchvision.models import VGG16_Weights, vgg16
 from torchvision.models.vgg import VGG, make_layers
 from tqdm import tqdm
 
-from helpers import augment, data, synthetic
+from helpers import augment, cache, data, synthetic
 from helpers.sam import multiplies_bfloat16
 
 VERSION = 2  # raise it with every change that gives other numbers: older runs are then not resumed
@@ -49,7 +49,7 @@ TINT = (255, 40, 40)  # RGB of the mask overlay
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
+class Config:
     """What a VGG-16 run hangs on besides the data.
 
     Attributes:
@@ -144,9 +144,9 @@ def build(imagenet=False, width=WIDTH, seed=0, activation="relu"):
 
     Args:
         imagenet: take ImageNet's weights for all but the last layer; else they are random.
-        width: as in `Choices`.
+        width: as in `Config`.
         seed: of the random weights.
-        activation: as in `Choices`.
+        activation: as in `Config`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -221,20 +221,20 @@ def views(row, size, numbers, seed=0):
     return [augment.view(image, None, number, row.image_id, seed)[0] for number in numbers]
 
 
-def fit(train, val, masks=None, folder="", report=None, **choices):
+def fit(train, val, masks=None, folder="", report=None, **config):
     """Train a VGG-16; it ends with the weights of the epoch with the lowest loss on `val`.
 
-    The run is kept in a folder of its own, named by data and choices. A stopped run resumes there; a
+    The run is kept in a folder of its own, named by data and config. A stopped run resumes there; a
     finished one is read.
 
     Args:
         train: rows of an index.
         val: rows of an index to choose the epoch by; never the test fold.
         masks: as for `pictures`.
-        folder: for the runs; "" is `helpers.data.cache_folder()`.
+        folder: for the runs; "" is `helpers.cache.folder()`.
         report: called after each epoch with the history so far, a list of dicts; what it raises ends
             the training.
-        choices: the fields of `Choices`.
+        config: the fields of `Config`.
 
     Returns:
         (torch.nn.Module, DataFrame). The frame has one row per epoch from 1: `epoch`, `train_loss`
@@ -248,23 +248,23 @@ def fit(train, val, masks=None, folder="", report=None, **choices):
         FloatingPointError: the loss is no finite number.
         OSError: the folder can't be written to.
     """
-    return _Run(train, val, masks, folder, Choices(**choices), report).train()
+    return _Run(train, val, masks, folder, Config(**config), report).train()
 
 
 class _Run:
     """One training run; `train` is all that `fit` calls."""
 
-    def __init__(self, train, val, masks, folder, choices, report=None):
+    def __init__(self, train, val, masks, folder, config, report=None):
         data.check_apart(train, val)
         data.check_classes(train)
-        self.train_rows, self.val_rows, self.choices = train, val, choices
+        self.train_rows, self.val_rows, self.config = train, val, config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.mixed = choices.precision == "bfloat16" or (
-            choices.precision == "auto" and multiplies_bfloat16(self.device)
+        self.mixed = config.precision == "bfloat16" or (
+            config.precision == "auto" and multiplies_bfloat16(self.device)
         )
         self.masks, self.report = masks, report
         self.base = folder
-        self.folder = data.cache_folder(folder) / "vgg" / self._key()
+        self.folder = cache.folder(folder) / "vgg" / self._key()
 
     def _key(self):
         """Hash all that the numbers hang on."""
@@ -273,7 +273,7 @@ class _Run:
             digest.update(mask[0].encode() + np.packbits(mask[1]).tobytes())
         parts = [
             VERSION,
-            dataclasses.asdict(self.choices) | {"precision": self.mixed},
+            dataclasses.asdict(self.config) | {"precision": self.mixed},
             digest.hexdigest() if self.masks is not None else "",
             self.device.type,
             data.signature(self.train_rows),
@@ -288,7 +288,7 @@ class _Run:
             print(f"this run was finished before; it is read from {finished}")
         else:
             self._train()
-            data.write_whole(table, pd.DataFrame(self.history).to_csv(index=False).encode())
+            cache.write(table, pd.DataFrame(self.history).to_csv(index=False).encode())
             self.network.load_state_dict(self.best)
             save(self.network, finished)
             (self.folder / "state.pt").unlink(missing_ok=True)
@@ -297,28 +297,28 @@ class _Run:
         return load(finished), history.assign(source=self.train_rows.source.iloc[0])
 
     def _train(self):
-        choices = self.choices
+        config = self.config
         labels = [self._targets(rows) for rows in (self.train_rows, self.val_rows)]
         images = [
-            pictures(rows, choices.size, self.masks) for rows in (self.train_rows, self.val_rows)
+            pictures(rows, config.size, self.masks) for rows in (self.train_rows, self.val_rows)
         ]
         counts = torch.bincount(labels[0], minlength=len(data.LABELS))
-        self.weight = (counts.sum() / counts / len(counts)).float() if choices.balance else None
+        self.weight = (counts.sum() / counts / len(counts)).float() if config.balance else None
         self.network = self._start().to(self.device, memory_format=torch.channels_last)
-        self.loss = F.cross_entropy if choices.loss == "ce" else _focal
-        self.optimizer = OPTIMIZERS[choices.optimizer](
-            self.network.parameters(), lr=choices.learning_rate, weight_decay=choices.weight_decay
+        self.loss = F.cross_entropy if config.loss == "ce" else _focal
+        self.optimizer = OPTIMIZERS[config.optimizer](
+            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.history, self.best, self.written = [], None, time.monotonic()
         self._read()
         with tqdm(
-            total=choices.epochs,
+            total=config.epochs,
             initial=len(self.history),
             desc="training",
             unit="epoch",
             file=sys.stdout,
         ) as progress:
-            while len(self.history) < choices.epochs:
+            while len(self.history) < config.epochs:
                 start = time.perf_counter()
                 row = {"epoch": len(self.history) + 1}
                 row |= self._epoch(row["epoch"], images[0], labels[0])
@@ -341,37 +341,37 @@ class _Run:
                     self.report(self.history)
 
     def _start(self):
-        choices = self.choices
+        config = self.config
         resumed = (self.folder / "state.pt").exists()
-        if choices.weights != "phantoms" or resumed:
-            imagenet = choices.weights == "imagenet" and not resumed
-            return build(imagenet, choices.width, choices.seed, choices.activation)
-        train, val = synthetic.to_learn_from(choices.phantoms, self.base)
+        if config.weights != "phantoms" or resumed:
+            imagenet = config.weights == "imagenet" and not resumed
+            return build(imagenet, config.width, config.seed, config.activation)
+        train, val = synthetic.to_learn_from(config.phantoms, self.base)
         shape = {
-            name: getattr(choices, name) for name in ("size", "width", "activation", "precision")
+            name: getattr(config, name) for name in ("size", "width", "activation", "precision")
         }
         print(f"first {len(train)} synthetic images, then the training images")
         # By the usual recipe, so that one run serves every recipe and seed on the real images.
-        return fit(train, val, None, self.base, epochs=choices.phantom_epochs, **shape)[0]
+        return fit(train, val, None, self.base, epochs=config.phantom_epochs, **shape)[0]
 
     def _targets(self, rows):
         return torch.tensor([data.LABELS.index(label) for label in rows.label])
 
     def _epoch(self, epoch, images, labels):
-        choices = self.choices
-        own_seed = choices.seed * 1_000_003 + epoch
+        config = self.config
+        own_seed = config.seed * 1_000_003 + epoch
         generator = torch.Generator().manual_seed(own_seed)
         order = torch.randperm(len(labels), generator=generator)
-        steps = max(1, len(order) // choices.batch_size)
+        steps = max(1, len(order) // config.batch_size)
         weight = None if self.weight is None else self.weight.to(self.device)
         self.network.train()
         losses = correct = 0.0
         with torch.random.fork_rng():
             torch.manual_seed(own_seed)  # of the dropout
             for step, batch in enumerate(order.tensor_split(steps)):
-                done = (epoch - 1 + step / steps) / choices.epochs
+                done = (epoch - 1 + step / steps) / config.epochs
                 for group in self.optimizer.param_groups:
-                    group["lr"] = choices.learning_rate * (1 + math.cos(math.pi * done)) / 2
+                    group["lr"] = config.learning_rate * (1 + math.cos(math.pi * done)) / 2
                 seen = np.stack([self._view(images[i], epoch, i) for i in batch.tolist()])
                 target = labels[batch].to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, self.mixed):
@@ -380,7 +380,7 @@ class _Run:
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
                         f"the training loss of epoch {epoch} is {loss.item()}; lower learning_rate "
-                        f"(now {choices.learning_rate})"
+                        f"(now {config.learning_rate})"
                     )
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -391,11 +391,11 @@ class _Run:
         return {"train_loss": losses / len(order), "train_accuracy": correct / len(order)}
 
     def _view(self, image, epoch, position):
-        if not self.choices.augment:
+        if not self.config.augment:
             return image
         key = self.train_rows.image_id.iloc[position]
-        strength = self.choices.augment
-        return augment.view(image, None, epoch + 1, key, self.choices.seed, strength)[0]
+        strength = self.config.augment
+        return augment.view(image, None, epoch + 1, key, self.config.seed, strength)[0]
 
     def _read(self):
         path = self.folder / "state.pt"
@@ -417,7 +417,7 @@ class _Run:
         buffer = io.BytesIO()
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state | {"history": self.history, "best": self.best}, buffer)
-        data.write_whole(self.folder / "state.pt", buffer.getbuffer())
+        cache.write(self.folder / "state.pt", buffer.getbuffer())
         self.written = time.monotonic()
 
 
@@ -496,7 +496,7 @@ def save(network, path):
     """Write the weights to a .pt file, which appears whole or not at all."""
     buffer = io.BytesIO()
     torch.save(network.state_dict() | {"activation": network.activation}, buffer)
-    data.write_whole(path, buffer.getbuffer())
+    cache.write(path, buffer.getbuffer())
 
 
 def load(path):

@@ -20,7 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import bulk, cluster, data, diagnosis, finder, pipeline, sam
+from helpers import data, pipeline, sam
+from helpers.pipeline import detector, diagnosis
+from helpers.scale import bulk, ray_cluster
 
 
 class Bright:
@@ -103,7 +105,7 @@ def alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def ray():
-    ray = cluster.start(memory=100 * 2**20)
+    ray = ray_cluster.start(memory=100 * 2**20)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker finds this file
     yield ray
     with warnings.catch_warnings(action="ignore", category=ResourceWarning):
@@ -118,13 +120,13 @@ def weights(tmp_path_factory):
     segmenter = sam.load("tiny", "cpu")
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
     measures = np.random.default_rng(0).standard_normal((3, len(diagnosis.MEASURES))) / 9
-    judge = diagnosis.Diagnosis(
+    classifier = diagnosis.Diagnosis(
         measures, np.zeros(3), {label: np.linspace(0, 1, 40) for label in data.LABELS}
     )
-    finders = [finder.Finder(channels, 64, 8).eval()]
+    detectors = [detector.LesionDetector(channels, 64, 8).eval()]
     rules = pipeline.Rules(normal=0.9)
     folder = tmp_path_factory.mktemp("weights")
-    pipeline.Pipeline(segmenter, finders, judge, rules).save(folder)
+    pipeline.Pipeline(segmenter, detectors, classifier, rules).save(folder)
     return folder
 
 
@@ -457,11 +459,11 @@ def test_an_address_where_nothing_answers(unstarted, monkeypatch):
             monkeypatch.setenv("RAY_ADDRESS", address)
             begun = time.time()
             with pytest.raises(ConnectionError, match=f"answers at RAY_ADDRESS '{address}'"):
-                cluster.start()
-            assert time.time() - begun < 2 * cluster.PATIENCE
+                ray_cluster.start()
+            assert time.time() - begun < 2 * ray_cluster.PATIENCE
     monkeypatch.setenv("RAY_ADDRESS", "head")
     with pytest.raises(ConnectionError, match="is 'head', which is neither 'host:port' nor"):
-        cluster.start()
+        ray_cluster.start()
     assert unstarted == []
 
 
@@ -469,11 +471,11 @@ def test_an_address_that_answers_is_joined(unstarted, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        cluster.start()
+        ray_cluster.start()
     ((words, settings),) = unstarted
     assert words == (address,)
     assert settings["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
-    assert settings["runtime_env"]["py_modules"] == [str(Path(cluster.__file__).parent)]
+    assert settings["runtime_env"]["py_modules"] == [str(Path(ray_cluster.__file__).parent)]
 
 
 def test_a_cluster_that_refuses(unstarted, monkeypatch):
@@ -487,25 +489,25 @@ def test_a_cluster_that_refuses(unstarted, monkeypatch):
     with pytest.raises(
         ConnectionError, match=r"did not let this process join \(Version mismatch\)"
     ):
-        cluster.start()
+        ray_cluster.start()
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(RuntimeError, match=r"did not start on this machine \(Version mismatch\)"):
-        cluster.start()
+        ray_cluster.start()
 
 
 def test_little_shared_memory(unstarted, monkeypatch):
     usage = shutil.disk_usage("/")
     free = {"bytes": 200 * 2**20}
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free["bytes"]))
-    cluster.start()
+    ray_cluster.start()
     assert unstarted[0][1]["object_store_memory"] == 180 * 2**20
     free["bytes"] = 64 * 2**20
     with pytest.raises(RuntimeError, match="has 64 MiB free and Ray needs 80; .* --shm-size"):
-        cluster.start()
+        ray_cluster.start()
     assert len(unstarted) == 1
 
 
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match="pip install -r requirements-scale.txt"):
-        cluster.start()
+        ray_cluster.start()

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import data
+from helpers import cache, data, images
 
 busi = pytest.mark.skipif("BUSI_DIR" not in os.environ, reason="real BUSI: set BUSI_DIR")
 TABLE = pd.read_csv(data.resources.files("helpers") / "busi_groups.csv", keep_default_na=False)
@@ -395,14 +395,14 @@ def test_specks_are_no_truth(tmp_path):
     assert data.read_truth(row).sum() == 25
     assert data.read_mask(row.mask_paths, (30, 40)).sum() == 41
     diagonal = np.eye(25, 40, dtype=bool)  # 25 pixels, connected by their corners
-    assert data.drop_specks(diagonal).sum() == 25
+    assert images.drop_specks(diagonal).sum() == 25
 
 
 def test_speck_limit_is_twenty_pixels():
     mask = np.zeros((30, 40), dtype=bool)
     mask[2:6, 2:7] = True  # 20 pixels stay
     mask[20, 5:24] = True  # 19 go
-    assert np.flatnonzero(data.drop_specks(mask).any(axis=1)).tolist() == [2, 3, 4, 5]
+    assert np.flatnonzero(images.drop_specks(mask).any(axis=1)).tolist() == [2, 3, 4, 5]
 
 
 def test_a_dim_mask_pixel_is_no_lesion(tmp_path):
@@ -495,9 +495,9 @@ def test_importing_helpers_loads_no_framework():
 
 def test_the_cache_folder_can_be_named(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data.cache_folder() == tmp_path / "breast-ultrasound-notebooks"
-    assert data.cache_folder("elsewhere") == Path("elsewhere")
-    assert data.cache_folder("~/here") == Path.home() / "here"
+    assert cache.folder() == tmp_path / "breast-ultrasound-notebooks"
+    assert cache.folder("elsewhere") == Path("elsewhere")
+    assert cache.folder("~/here") == Path.home() / "here"
 
 
 def test_a_random_split_deals_images_and_leaks(index):

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import data, diagnosis
+from helpers import data
+from helpers.pipeline import diagnosis
 
 
 def made(count=300, seed=0):
@@ -20,9 +21,9 @@ def made(count=300, seed=0):
 
 def test_probabilities_are_calibrated_and_those_of_scikit_learn():
     measures, rows, truth = made(3000)
-    judge, held_out = diagnosis.fit(measures, rows)
+    classifier, held_out = diagnosis.fit(measures, rows)
     fresh, _, answers = made(3000, seed=1)
-    found = judge.predict(fresh)
+    found = classifier.predict(fresh)
     np.testing.assert_allclose(found.sum(1), 1)
     confidence, right = found.max(1), found.argmax(1) == answers
     assert right.mean() == pytest.approx(confidence.mean(), abs=0.03)
@@ -34,16 +35,16 @@ def test_probabilities_are_calibrated_and_those_of_scikit_learn():
 
 def test_each_class_is_covered_as_stated():
     measures, rows, _ = made(1500)
-    judge, _ = diagnosis.fit(measures, rows)
+    classifier, _ = diagnosis.fit(measures, rows)
     fresh, _, answers = made(3000, seed=1)
-    found = judge.predict(fresh)
+    found = classifier.predict(fresh)
     for coverage in (0.8, 0.9):
-        possible = judge.possible(found, coverage)
+        possible = classifier.possible(found, coverage)
         for k in range(3):
             assert possible[answers == k, k].mean() == pytest.approx(coverage, abs=0.05)
-    assert possible.sum(1).mean() > judge.possible(found, 0.8).sum(1).mean()
+    assert possible.sum(1).mean() > classifier.possible(found, 0.8).sum(1).mean()
     with pytest.raises(ValueError, match="coverage is 90; it must lie between 0 and 1"):
-        judge.possible(found, 90)
+        classifier.possible(found, 90)
 
 
 def test_probabilities_of_the_rows_are_of_fits_that_did_not_see_them():
@@ -56,8 +57,8 @@ def test_probabilities_of_the_rows_are_of_fits_that_did_not_see_them():
     measures[1::2] = measures[::2]
     rows.loc[1::2, "label"] = rows.label[::2].to_numpy()
     truth = np.array([data.LABELS.index(label) for label in rows.label])
-    judge, held_out = diagnosis.fit(measures, rows)
-    seen = (judge.predict(measures).argmax(1) == truth).mean()
+    classifier, held_out = diagnosis.fit(measures, rows)
+    seen = (classifier.predict(measures).argmax(1) == truth).mean()
     assert (held_out.argmax(1) == truth).mean() < seen - 0.1
 
 

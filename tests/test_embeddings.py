@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import data, embeddings, prompts, sam
+from helpers import cache, data, prompts, sam
+from helpers.sam import embeddings
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_the_key_is_the_encoder_and_not_the_decoder(tiny):
     with torch.no_grad():
         next(tiny.network.model.mask_decoder.parameters()).add_(1)
     assert embeddings.encoder_hash(tiny) == key
-    tiny.recipe = dataclasses.replace(tiny.recipe, intensity="unit")
+    tiny.preprocessing = dataclasses.replace(tiny.preprocessing, intensity="unit")
     other = embeddings.encoder_hash(tiny)
     tiny.precision = "bfloat16"
     third = embeddings.encoder_hash(tiny)
@@ -127,7 +128,7 @@ def test_a_damaged_file_is_made_anew_and_said(tiny, rows, tmp_path, encoder_runs
 
 
 def test_an_interrupted_build_goes_on(tiny, rows, tmp_path, encoder_runs, monkeypatch):
-    write = data.write_whole
+    write = cache.write
 
     def stop_at_the_third(path, content):
         if len(files(tmp_path)) == 2:
@@ -135,7 +136,7 @@ def test_an_interrupted_build_goes_on(tiny, rows, tmp_path, encoder_runs, monkey
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "write_whole", stop_at_the_third)
+        patch.setattr(embeddings.cache, "write", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             embeddings.embed_rows(tiny, rows, tmp_path)
     assert len(encoder_runs) == 3

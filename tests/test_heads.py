@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import data, embeddings, heads, sam
+from helpers import data, heads, sam
+from helpers.sam import embeddings
 
 TINY = {"epochs": 2, "batch_size": 4, "width": 8, "views": 2, "members": 2}
 
@@ -60,9 +61,9 @@ def test_probabilities_do_not_hang_on_the_batch(segmenter, rows, folder):
 
 
 def test_training_learns(segmenter, rows, folder):
-    choices = TINY | {"epochs": 25, "views": 1, "dropout": 0.0, "width": 16, "learning_rate": 1e-2}
-    choices |= {"members": 1, "average": 0.5, "shrink": 1}
-    head, history = heads.fit(segmenter, *rows, folder, **choices)
+    config = TINY | {"epochs": 25, "views": 1, "dropout": 0.0, "width": 16, "learning_rate": 1e-2}
+    config |= {"members": 1, "average": 0.5, "shrink": 1}
+    head, history = heads.fit(segmenter, *rows, folder, **config)
     assert history.train_loss.iloc[-1] < 0.8 * history.train_loss.iloc[0]
     assert not history.best.iloc[-1]
     found = embeddings.embed_rows(segmenter, rows[1], folder)
@@ -80,8 +81,8 @@ def test_training_learns(segmenter, rows, folder):
 def test_the_learning_rate_rises_first(segmenter, rows, folder):
     found = list(embeddings.embed_rows(segmenter, rows[0], folder).values())
     grid = found[0].features.shape
-    choices = heads.Choices(**TINY | {"epochs": 8, "views": 1})
-    run = heads._Run(grid[0], choices, 0, len(found), segmenter.device)
+    config = heads.Config(**TINY | {"epochs": 8, "views": 1})
+    run = heads._Run(grid[0], config, 0, len(found), segmenter.device)
     labels = torch.tensor([data.LABELS.index(label) for label in rows[0].label])
     maps = heads._maps(rows[0], found, grid[1:], 0, 0)
     before = run.optimizer.param_groups[0]["lr"]
@@ -119,7 +120,7 @@ def test_the_truth_lies_on_the_grid_as_in_the_image(segmenter, rows, folder):
 
 
 @pytest.mark.parametrize(
-    ("choices", "message"),
+    ("config", "message"),
     [
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"members": 0}, "members is 0; it must be 1 or more"),
@@ -128,9 +129,9 @@ def test_the_truth_lies_on_the_grid_as_in_the_image(segmenter, rows, folder):
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
     ],
 )
-def test_bad_choices_are_named(choices, message):
+def test_bad_choices_are_named(config, message):
     with pytest.raises(ValueError, match=message):
-        heads.Choices(**choices)
+        heads.Config(**config)
 
 
 def test_bad_rows_are_refused(segmenter, rows, folder):

@@ -32,8 +32,8 @@ def masks(rows):
 
 def test_the_outline_names_the_class(index):
     found = masks(index)
-    judge = outline.fit(index, found)
-    probabilities = outline.predict(judge, index, found)
+    classifier = outline.fit(index, found)
+    probabilities = outline.predict(classifier, index, found)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert np.array(data.LABELS)[probabilities.argmax(axis=1)].tolist() == index.label.tolist()
 

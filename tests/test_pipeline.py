@@ -6,7 +6,8 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from helpers import data, diagnosis, finder, pipeline, sam
+from helpers import data, pipeline, sam
+from helpers.pipeline import detector, diagnosis
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +17,17 @@ def built():
 
     torch.manual_seed(0)
     segmenter = sam.load("tiny", "cpu")
-    finders = [finder.Finder(segmenter_channels(segmenter), 64, 8).eval() for _ in range(2)]
+    detectors = [
+        detector.LesionDetector(segmenter_channels(segmenter), 64, 8).eval() for _ in range(2)
+    ]
     rng = np.random.default_rng(0)
     measures = len(diagnosis.MEASURES)
-    doubts = {label: np.sort(rng.random(40)) for label in data.LABELS}
-    judge = diagnosis.Diagnosis(rng.standard_normal((3, measures)) / 9, np.zeros(3), doubts)
+    nonconformity = {label: np.sort(rng.random(40)) for label in data.LABELS}
+    classifier = diagnosis.Diagnosis(
+        rng.standard_normal((3, measures)) / 9, np.zeros(3), nonconformity
+    )
     return pipeline.Pipeline(
-        segmenter, finders, judge, pipeline.Rules(normal=0.9), {"data": "none"}
+        segmenter, detectors, classifier, pipeline.Rules(normal=0.9), {"data": "none"}
     )
 
 
@@ -67,7 +72,10 @@ def test_normal_above_its_level_outlines_nothing(built, image):
     import dataclasses
 
     strict = pipeline.Pipeline(
-        built.segmenter, built.finders, built.judge, dataclasses.replace(built.rules, normal=0.0)
+        built.segmenter,
+        built.detectors,
+        built.classifier,
+        dataclasses.replace(built.rules, normal=0.0),
     )
     finding = strict.segment(image)
     assert finding.masks == []
@@ -98,8 +106,8 @@ def test_folders_of_another_kind_are_refused(built, tmp_path):
     with pytest.raises(ValueError, match="cut off or altered"):
         pipeline.load(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps(settings))
-    (tmp_path / "finder-1.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="finder-1.safetensors does not exist"):
+    (tmp_path / "detector-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="detector-1.safetensors does not exist"):
         pipeline.load(tmp_path)
 
 
@@ -194,7 +202,9 @@ def test_the_pipeline_in_the_package_works_at_once(image):
 def test_images_that_it_was_trained_on_are_refused(built, index):
     rows = data.lesions(index).head(3)
     known = {"data": "synthetic", "trained_on": [rows.image_id[1]], "test_fold": 0}
-    other = pipeline.Pipeline(built.segmenter, built.finders, built.judge, built.rules, known)
+    other = pipeline.Pipeline(
+        built.segmenter, built.detectors, built.classifier, built.rules, known
+    )
     with pytest.raises(ValueError, match="trained on 1 of these 3 images, such as 'benign"):
         other.check_unseen(rows)
     other.check_unseen(rows.drop(index=1))

@@ -3,7 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import data, findings, metrics, outline, pipeline, plots, prompts, results
+from helpers import data, metrics, outline, pipeline, plots, prompts, results
+from helpers.pipeline import evaluate
 
 OF_NO_IMAGE = {"circles", "circle_curves", "move_circle", "loss_and_score", "report", "scaling"}
 
@@ -49,7 +50,7 @@ def found(masks):
 
 @pytest.fixture
 def trials():
-    """Trials of a search, as `helpers.search.sample` returns them."""
+    """Trials of a search, as `helpers.scale.search.sample` returns them."""
     rows = [
         (0.01, "relu", [0.2, 0.5], 0.5, "finished"),
         (0.1, "gelu", [0.3], 0.3, "stopped early"),
@@ -68,7 +69,7 @@ def trials():
 
 @pytest.fixture
 def values():
-    """What each value gave, as `helpers.search.by_value` returns it; one value failed throughout."""
+    """What each value gave, as `helpers.scale.search.by_value` returns it; one value failed throughout."""
     return pd.DataFrame(
         {
             "choice": ["loss", "loss", "width", "width"],
@@ -93,7 +94,7 @@ def figures(trials, values, index, rows, boxes, masks, scores, found, tmp_path):
     results.save(scores, rows, model="m", prompt="jittered box", seconds=0, path=tmp_path)
     image = data.read_image(rows.image_path[0])
     classes = np.full((len(rows), 3), 1 / 3)
-    failed = findings.failures(rows, found, scores, below=1.1)
+    failed = evaluate.failures(rows, found, scores, below=1.1)
     levels = pd.concat([scores.assign(kind="blur", level=level) for level in (0, 4)])
     return {
         "label_counts": plots.label_counts(index),
@@ -129,7 +130,7 @@ def figures(trials, values, index, rows, boxes, masks, scores, found, tmp_path):
         "paired_differences": plots.paired_differences(scores, scores.assign(dice=0.5)),
         "comparison": plots.comparison(results.load_all(tmp_path)),
         "failures": plots.failures(failed, found, "Failures"),
-        "confidence_curve": plots.confidence_curve(findings.confidence(scores, found), rows),
+        "confidence_curve": plots.confidence_curve(evaluate.confidence(scores, found), rows),
         "uncertainty": plots.uncertainty(rows.iloc[0], found[rows.image_id[0]]),
         "degradations": plots.degradations(image, masks[rows.image_id[0]], rows.iloc[0]),
         "degradation_curves": plots.degradation_curves(levels, rows),
@@ -137,7 +138,7 @@ def figures(trials, values, index, rows, boxes, masks, scores, found, tmp_path):
         "trial_curves": plots.trial_curves(trials, rows, "Dice", "Curves"),
         "parallel_coordinates": plots.parallel_coordinates(trials, rows, "Dice", "Settings"),
         "importance": plots.importance({"learning_rate": 0.9, "loss": 0.1}, rows, "Importance"),
-        "means_by": plots.means_by(findings.by(scores, "label"), "label", rows, "By label"),
+        "means_by": plots.means_by(evaluate.by(scores, "label"), "label", rows, "By label"),
     }
 
 
@@ -235,7 +236,7 @@ def test_a_report_names_answer_lesions_and_warnings(rows, found):
 
 
 def test_no_failure_draws_no_figure(rows, found, scores):
-    assert plots.failures(findings.failures(rows, found, scores, below=0), found, "None") is None
+    assert plots.failures(evaluate.failures(rows, found, scores, below=0), found, "None") is None
 
 
 def test_a_value_that_failed_and_the_default_are_marked(values, rows):

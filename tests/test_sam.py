@@ -9,7 +9,8 @@ import pytest
 import reference
 import torch
 
-from helpers import data, embeddings, prompts, sam
+from helpers import data, prompts, sam
+from helpers.sam import embeddings
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +127,21 @@ def test_rows(tiny, index, batch_size, monkeypatch, tmp_path):
 
 
 def test_preprocessing_of_lite_medsam(image):
-    pixels, [size] = sam.preprocess([image], sam.RECIPES["lite-medsam"])
+    pixels, [size] = sam.preprocess([image], sam.PREPROCESSING["lite-medsam"])
     assert pixels.shape == (1, 3, 256, 256)
     assert size == (165, 256)  # 90 / 140 * 256 = 164.57
     assert pixels[..., :165, :].min() == 0
     assert pixels.max() == 1
     assert not pixels[..., 165:, :].any()
-    flat, _ = sam.preprocess([np.full((9, 9, 3), 7, dtype=np.uint8)], sam.RECIPES["lite-medsam"])
+    flat, _ = sam.preprocess(
+        [np.full((9, 9, 3), 7, dtype=np.uint8)], sam.PREPROCESSING["lite-medsam"]
+    )
     assert not flat.any()  # a flat image is no division by zero
 
 
 @pytest.mark.parametrize("intensity", ["mean-std", "unit"])
 def test_preprocessing_of_sam(image, intensity):
-    recipe = dataclasses.replace(sam.RECIPES["tiny"], intensity=intensity)
+    recipe = dataclasses.replace(sam.PREPROCESSING["tiny"], intensity=intensity)
     pixels, [size] = sam.preprocess([np.full_like(image, 255)], recipe)
     assert size == (82, 128)
     expected = (
@@ -159,7 +162,11 @@ def test_save_and_load(name, tmp_path, image):
     segmenter.save(tmp_path / "saved")
     segmenter.save(tmp_path / "saved")  # replaces its own kind
     again = sam.load(tmp_path / "saved", device="cpu")
-    assert (again.title, again.checkpoint, again.recipe) == ("fine-tuned", name, segmenter.recipe)
+    assert (again.title, again.checkpoint, again.preprocessing) == (
+        "fine-tuned",
+        name,
+        segmenter.preprocessing,
+    )
     np.testing.assert_array_equal(again.predict(image, BOX), segmenter.predict(image, BOX))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 

@@ -10,7 +10,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from helpers import cluster, data, results, search, training
+from helpers import data, results
+from helpers.sam import finetune
+from helpers.scale import ray_cluster, search
 
 FAST = {"epochs": 2, "batch_size": 2}
 
@@ -76,7 +78,7 @@ def test_an_empty_range_is_refused(arguments, message):
     ],
 )
 def test_a_faulty_space_is_refused_before_anything_starts(task, space, message, monkeypatch):
-    monkeypatch.delattr(cluster, "start")
+    monkeypatch.delattr(ray_cluster, "start")
     with pytest.raises(ValueError, match=message):
         search.sample(task, space, 2, "faulty")
     assert not (task.folder / "searches").exists()
@@ -175,7 +177,7 @@ def test_a_listed_search_is_run_kept_and_read_again(task, tmp_path, monkeypatch)
     assert np.isnan(table.score[1])
     assert table.versions[0]["torch"]
 
-    monkeypatch.delattr(cluster, "start")
+    monkeypatch.delattr(ray_cluster, "start")
     pd.testing.assert_frame_equal(search.grid(task, settings, "listed"), table)
     (folder,) = (tmp_path / "searches").iterdir()
     (folder / "search.json").unlink()
@@ -203,7 +205,7 @@ def test_a_sampled_search_and_its_winner_on_the_test_fold(task, lesions, tmp_pat
     assert found.outcome.isin(["finished", "stopped early"]).all()
     assert all(1e-5 <= setting["learning_rate"] <= 1e-3 for setting in found.setting)
     assert len({setting["learning_rate"] for setting in found.setting}) == 3
-    first = {"learning_rate": training.Choices.learning_rate, "loss": training.Choices.loss}
+    first = {"learning_rate": finetune.Config.learning_rate, "loss": finetune.Config.loss}
     assert first in found.setting.tolist()
 
     recipes = {"default": {}, "winner": search.winner(found)}
@@ -246,7 +248,7 @@ def test_a_search_starts_near_the_default():
 SLOW = """
 import sys
 import pandas as pd
-from helpers import search
+from helpers.scale import ray_cluster, search
 
 task = pd.read_pickle(sys.argv[1])
 search.grid(task, [{"seed": seed} for seed in range(4)], "killed")

@@ -30,7 +30,7 @@ def test_reference_network_is_the_published_one():
 
 
 def test_activation_width_and_size_are_parameters():
-    network = unet.build(unet.Choices(size=48, width=3, activation="silu", loss="dice+ce"))
+    network = unet.build(unet.Config(size=48, width=3, activation="silu", loss="dice+ce"))
     assert network.output_shape == (None, 48, 48, 1)
     assert unet.levels(network).features.max() == 48
     assert network.get_layer("head").activation is keras.activations.linear
@@ -38,7 +38,7 @@ def test_activation_width_and_size_are_parameters():
 
 
 @pytest.mark.parametrize(
-    ("choices", "message"),
+    ("config", "message"),
     [
         ({"size": 8}, "size is 8; 4 poolings need a multiple of 16"),
         ({"size": 100}, "size is 100; 4 poolings need a multiple of 16"),
@@ -52,15 +52,15 @@ def test_activation_width_and_size_are_parameters():
         ({"dropout": (0.2, 1.0)}, "dropout is 1.0; it must be 0 or more, and below 1"),
     ],
 )
-def test_bad_choices_are_named(choices, message):
+def test_bad_choices_are_named(config, message):
     with pytest.raises(ValueError, match=message):
-        unet.Choices(**choices)
+        unet.Config(**config)
 
 
 def test_batches_are_shuffled_repeatable_and_skippable(rows):
-    choices = unet.Choices(size=32, width=2, batch_size=4, augment=1.0)
-    stream = list(unet.batches(rows[0], choices).take(5))
-    later = next(iter(unet.batches(rows[0], choices, done=4)))
+    config = unet.Config(size=32, width=2, batch_size=4, augment=1.0)
+    stream = list(unet.batches(rows[0], config).take(5))
+    later = next(iter(unet.batches(rows[0], config, done=4)))
     assert np.array_equal(stream[4][0], later[0])
     assert np.array_equal(stream[4][1], later[1])
     assert not np.array_equal(stream[0][0], stream[3][0])
@@ -73,8 +73,8 @@ def test_batches_are_shuffled_repeatable_and_skippable(rows):
 def test_augmentation_moves_image_and_mask_alike():
     square = np.zeros((4, 64, 64, 1), np.float32)
     square[:, 20:36, 24:44] = 1
-    choices = unet.Choices(size=64, batch_size=4, augment=1.0)
-    images, masks = unet._augmented(square, square, choices, 3)
+    config = unet.Config(size=64, batch_size=4, augment=1.0)
+    images, masks = unet._augmented(square, square, config, 3)
     moved = masks.numpy() != square
     assert moved.any(axis=(1, 2, 3)).all()
     assert ((images.numpy() > 0.5) == (masks.numpy() > 0.5)).mean() > 0.99
@@ -84,16 +84,16 @@ def test_augmentation_moves_image_and_mask_alike():
 
 def test_half_of_the_images_are_mirrored():
     ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32)[:, None], (64, 64, 1, 1))  # rises with x
-    choices = unet.Choices(size=64, batch_size=64, augment=0.5)
-    images, _ = unet._augmented(ramp, ramp, choices, 0)
+    config = unet.Config(size=64, batch_size=64, augment=0.5)
+    images, _ = unet._augmented(ramp, ramp, config, 0)
     falling = images.numpy()[:, 32, 20, 0] > images.numpy()[:, 32, 44, 0]
     assert 0.25 < falling.mean() < 0.75
 
 
 def test_the_reference_loss_is_the_mean_squared_error():
-    choices = unet.Choices(size=32, width=2)
-    network = unet.build(choices)
-    unet.compile_network(network, choices, 1)
+    config = unet.Config(size=32, width=2)
+    network = unet.build(config)
+    unet.compile_network(network, config, 1)
     zero = np.zeros((1, 32, 32, 1), np.float32)
     found = network.predict(zero, verbose=0)
     loss = network.evaluate(zero, found + 0.5, verbose=0, return_dict=True)["loss"]
@@ -101,8 +101,8 @@ def test_the_reference_loss_is_the_mean_squared_error():
 
 
 def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch):
-    choices = OURS | {"epochs": 3, "average": 0.9}
-    network, history = unet.fit(*rows, tmp_path / "whole", **choices)
+    config = OURS | {"epochs": 3, "average": 0.9}
+    network, history = unet.fit(*rows, tmp_path / "whole", **config)
 
     class Stopped(Exception):
         pass
@@ -115,9 +115,9 @@ def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch
     begin = unet._Keep.on_epoch_begin
     monkeypatch.setattr(unet._Keep, "on_epoch_begin", stop)
     with pytest.raises(Stopped):
-        unet.fit(*rows, tmp_path / "broken", **choices)
+        unet.fit(*rows, tmp_path / "broken", **config)
     monkeypatch.undo()
-    resumed, again = unet.fit(*rows, tmp_path / "broken", **choices)
+    resumed, again = unet.fit(*rows, tmp_path / "broken", **config)
     assert again.epoch.tolist() == [1, 2, 3]
     columns = ["train_loss", "val_loss", "val_dice"]
     np.testing.assert_allclose(again[columns], history[columns], rtol=1e-4)
@@ -133,16 +133,16 @@ def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys, monkeypatch)
         compile_network(network, *rest)
 
     monkeypatch.setattr(unet, "compile_network", spy)
-    choices = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1}
-    unet.fit(*rows, tmp_path, **choices)
+    config = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1}
+    unet.fit(*rows, tmp_path, **config)
     assert "synthetic images, then the training images" in capsys.readouterr().out
-    random = unet.build(unet.Choices(**TINY)).get_weights()
-    learnt = unet._learn_from_phantoms(unet.Choices(**choices), tmp_path).get_weights()
+    random = unet.build(unet.Config(**TINY)).get_weights()
+    learnt = unet._learn_from_phantoms(unet.Config(**config), tmp_path).get_weights()
     assert "finished before" in capsys.readouterr().out
     assert all(map(np.array_equal, started[0], random))
     assert all(map(np.array_equal, started[1], learnt))
     assert not np.allclose(started[1][0], random[0])
-    unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **choices)  # other rows, the same phantoms
+    unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **config)  # other rows, the same phantoms
     assert "finished before" in capsys.readouterr().out
     assert all(map(np.array_equal, started[2], learnt))
     assert len(started) == 3
@@ -151,9 +151,9 @@ def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys, monkeypatch)
 def test_an_optimizer_is_a_choice():
     kinds = {"adamw": "AdamW", "rmsprop": "RMSprop", "sgd": "SGD"}
     for name, kind in kinds.items():
-        choices = unet.Choices(**TINY | {"optimizer": name, "weight_decay": 0.1, "average": 0.9})
-        network = unet.build(choices)
-        unet.compile_network(network, choices, 4)
+        config = unet.Config(**TINY | {"optimizer": name, "weight_decay": 0.1, "average": 0.9})
+        network = unet.build(config)
+        unet.compile_network(network, config, 4)
         assert type(network.optimizer).__name__ == kind
         assert network.optimizer.weight_decay == 0.1
         assert network.optimizer.use_ema
@@ -189,8 +189,8 @@ def test_half_precision_trains_and_predicts_in_full(rows, tmp_path, precision):
 
 
 def test_training_learns(rows, tmp_path):
-    choices = OURS | {"epochs": 30, "width": 4, "augment": 0.0, "learning_rate": 1e-2}
-    _, history = unet.fit(*rows, tmp_path, **choices)
+    config = OURS | {"epochs": 30, "width": 4, "augment": 0.0, "learning_rate": 1e-2}
+    _, history = unet.fit(*rows, tmp_path, **config)
     assert history.train_loss.iloc[-1] < 0.8 * history.train_loss.iloc[0]
     assert history.train_dice.iloc[-1] > history.train_dice.iloc[0]
 
@@ -213,7 +213,7 @@ def test_loss_is_dice_plus_cross_entropy():
 
 
 def test_prediction_is_a_probability_at_the_images_own_size(rows):
-    network = unet.build(unet.Choices(**OURS))
+    network = unet.build(unet.Config(**OURS))
     image = data.read_image(rows[1].image_path.iloc[0])
     found = unet.predict(network, image, mirror=True)
     assert found.shape == image.shape[:2]
@@ -229,12 +229,12 @@ def test_prediction_is_a_probability_at_the_images_own_size(rows):
 
 
 def test_images_smaller_than_the_stride_are_enlarged():
-    network = unet.build(unet.Choices(**TINY))
+    network = unet.build(unet.Config(**TINY))
     assert unet.predict(network, np.full((5, 7, 3), 90, np.uint8)).shape == (5, 7)
 
 
 def test_feature_maps_have_the_shapes_that_levels_lists(rows):
-    network = unet.build(unet.Choices(**TINY))
+    network = unet.build(unet.Config(**TINY))
     maps = unet.feature_maps(network, data.read_image(rows[1].image_path.iloc[0]))
     listed = unet.levels(network)
     assert list(maps) == listed.level.tolist()
@@ -270,8 +270,8 @@ os.environ["KERAS_BACKEND"] = "torch"
 from helpers import data, unet
 split = data.split(data.load_index(sys.argv[1]))
 train, val = split[split.subset == "train"], data.scored(split, "val")
-choices = dict(size=32, width=2, epochs=1, batch_size=4, loss="dice+ce", average=0.9)
-network, history = unet.fit(train, val, sys.argv[2], **choices)
+config = dict(size=32, width=2, epochs=1, batch_size=4, loss="dice+ce", average=0.9)
+network, history = unet.fit(train, val, sys.argv[2], **config)
 assert history.val_loss.notna().all()
 assert unet.predict(network, data.read_image(val.image_path.iloc[0])).min() >= 0
 print("trained on", unet.keras.backend.backend())

@@ -27,7 +27,7 @@ def test_the_network_is_torchvisions_vgg16():
 
 
 @pytest.mark.parametrize(
-    ("choices", "message"),
+    ("config", "message"),
     [
         ({"weights": "cifar"}, "weights 'cifar' is none of imagenet, phantoms, scratch"),
         ({"weights": "imagenet", "width": 4}, "ImageNet's weights are for a width of 64"),
@@ -41,14 +41,14 @@ def test_the_network_is_torchvisions_vgg16():
         ({"loss": "hinge"}, "loss 'hinge' is none of ce, focal"),
     ],
 )
-def test_bad_choices_are_named(choices, message):
+def test_bad_choices_are_named(config, message):
     with pytest.raises(ValueError, match=message):
-        vgg.Choices(**choices)
+        vgg.Config(**config)
 
 
 def test_the_learning_rate_follows_the_weights():
-    assert vgg.Choices(weights="imagenet").learning_rate < vgg.Choices().learning_rate
-    assert vgg.Choices(learning_rate=0.5).learning_rate == 0.5
+    assert vgg.Config(weights="imagenet").learning_rate < vgg.Config().learning_rate
+    assert vgg.Config(learning_rate=0.5).learning_rate == 0.5
 
 
 def test_without_a_download_it_says_that_it_starts_from_phantoms(monkeypatch, capsys):
@@ -84,8 +84,8 @@ def test_pictures_are_what_the_network_sees(rows):
 
 
 def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch):
-    choices = TINY | {"epochs": 3}
-    network, history = vgg.fit(*rows, folder=tmp_path / "whole", **choices)
+    config = TINY | {"epochs": 3}
+    network, history = vgg.fit(*rows, folder=tmp_path / "whole", **config)
     monkeypatch.setattr(vgg, "WRITE_EVERY", 0)
     epoch = vgg._Run._epoch
 
@@ -96,9 +96,9 @@ def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch
 
     monkeypatch.setattr(vgg._Run, "_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        vgg.fit(*rows, folder=tmp_path / "broken", **choices)
+        vgg.fit(*rows, folder=tmp_path / "broken", **config)
     monkeypatch.setattr(vgg._Run, "_epoch", epoch)
-    resumed, again = vgg.fit(*rows, folder=tmp_path / "broken", **choices)
+    resumed, again = vgg.fit(*rows, folder=tmp_path / "broken", **config)
     columns = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "best"]
     np.testing.assert_allclose(
         again[columns].astype(float), history[columns].astype(float), rtol=1e-5
@@ -123,18 +123,18 @@ def test_a_finished_run_is_read_and_masks_make_another(rows, tmp_path, capsys):
 
 
 def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys):
-    choices = TINY | {"weights": "phantoms", "phantoms": 8, "phantom_epochs": 2, "epochs": 1}
-    network, _ = vgg.fit(*rows, folder=tmp_path, **choices)
+    config = TINY | {"weights": "phantoms", "phantoms": 8, "phantom_epochs": 2, "epochs": 1}
+    network, _ = vgg.fit(*rows, folder=tmp_path, **config)
     assert "synthetic images, then the training images" in capsys.readouterr().out
-    alone, _ = vgg.fit(*rows, folder=tmp_path, **choices | {"weights": "scratch"})
+    alone, _ = vgg.fit(*rows, folder=tmp_path, **config | {"weights": "scratch"})
     assert not torch.equal(network.features[0].weight, alone.features[0].weight)
-    vgg.fit(rows[0].iloc[1:], rows[1], folder=tmp_path, **choices)  # other rows, the same phantoms
+    vgg.fit(rows[0].iloc[1:], rows[1], folder=tmp_path, **config)  # other rows, the same phantoms
     assert "finished before" in capsys.readouterr().out
 
 
 def test_training_learns(rows, tmp_path):
-    choices = TINY | {"size": 64, "epochs": 40, "augment": False, "learning_rate": 0.1}
-    network, history = vgg.fit(*rows, folder=tmp_path, **choices)
+    config = TINY | {"size": 64, "epochs": 40, "augment": False, "learning_rate": 0.1}
+    network, history = vgg.fit(*rows, folder=tmp_path, **config)
     assert history.train_loss.min() < 0.8 * history.train_loss.iloc[0]
     found = torch.from_numpy(vgg.predict(network, vgg.pictures(rows[1], 64)))
     labels = torch.tensor([data.LABELS.index(label) for label in rows[1].label])
@@ -154,7 +154,7 @@ def test_epochs_are_judged_on_the_validation_images(rows, tmp_path, monkeypatch)
 
 def test_each_class_weighs_the_same_and_the_rate_falls(rows, tmp_path):
     train = rows[0].drop(rows[0].index[rows[0].label == "benign"][1:])
-    run = vgg._Run(train, rows[1], None, tmp_path, vgg.Choices(**TINY))
+    run = vgg._Run(train, rows[1], None, tmp_path, vgg.Config(**TINY))
     run.train()
     counts = train.label.value_counts()
     torch.testing.assert_close(
@@ -169,10 +169,10 @@ def test_each_class_weighs_the_same_and_the_rate_falls(rows, tmp_path):
 def test_augmentation_and_imagenet_weights_are_choices(rows, tmp_path, monkeypatch):
     picture = vgg.pictures(rows[0].head(1), 32)[0]
     for augment in (True, False):
-        run = vgg._Run(*rows, None, tmp_path, vgg.Choices(**TINY | {"augment": augment}))
+        run = vgg._Run(*rows, None, tmp_path, vgg.Config(**TINY | {"augment": augment}))
         assert np.array_equal(run._view(picture, 1, 0), picture) != augment
     monkeypatch.setattr(vgg, "build", lambda pretrained, *others: pretrained)
-    run = vgg._Run(*rows, None, tmp_path, vgg.Choices(weights="imagenet"))
+    run = vgg._Run(*rows, None, tmp_path, vgg.Config(weights="imagenet"))
     assert run._start() is True
 
 
@@ -293,9 +293,9 @@ def test_optimizer_loss_and_strength_change_what_is_learnt(rows, tmp_path):
     change = {"optimizer": "sgd", "loss": "focal", "augment": 0.5}
     heard, losses = [], set()
     for name, value in [("epochs", 2), *change.items()]:
-        choices = TINY | {name: value}
+        config = TINY | {name: value}
         _, history = vgg.fit(
-            *rows, folder=tmp_path, report=lambda past: heard.append(len(past)), **choices
+            *rows, folder=tmp_path, report=lambda past: heard.append(len(past)), **config
         )
         losses.add(history.train_loss.iloc[-1])
     assert len(losses) == 4

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bulk.py [--sizes 1000 10000 100000] [--repeats 2] [--real 1000] [--parts 39000]
 
-Sends simulated sets of 96 x 80 pixels through `helpers.bulk.run`: phantoms, each turned into many by flip,
+Sends simulated sets of 96 x 80 pixels through `helpers.scale.bulk.run`: phantoms, each turned into many by flip,
 gain, shift and noise. A cheap stand-in takes the pipeline's place, so that the machinery shows; `--real`
 images are sent through the pipeline itself, and `--parts` makes as many parts, of one image, as ten
 million images make. All counts are whole thousands. Each run is a process of its own, sizes alternate, and
@@ -32,7 +32,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from helpers import bulk, data, results, synthetic
+from helpers import cache, data, results, synthetic
+from helpers.scale import bulk
 
 WIDTH, HEIGHT = 96, 80  # px; the pipeline refuses a side of under 64
 ROWS = 1000  # images in a Parquet file
@@ -246,7 +247,7 @@ def write(runs):
         "stand_in": summarise(runs),
         "runs": runs,
     }
-    data.write_whole(TARGET, f"{json.dumps(about, indent=1)}\n".encode())
+    cache.write(TARGET, f"{json.dumps(about, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

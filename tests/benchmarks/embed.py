@@ -22,7 +22,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reference
 
-from helpers import data, embeddings, metrics, prompts, sam
+from helpers import data, metrics, prompts, sam
+from helpers.sam import embeddings
 
 
 def main():
@@ -60,7 +61,7 @@ def throughput(segmenter, rounds=7):
     """
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (500, 600, 3), dtype=np.uint8) for _ in range(8)]
-    pixels, _ = sam.preprocess(images, segmenter.recipe)
+    pixels, _ = sam.preprocess(images, segmenter.preprocessing)
     released = reference.lite_medsam().image_encoder
 
     def plain():

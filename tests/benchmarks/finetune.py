@@ -107,7 +107,7 @@ def usual_loop(checkpoint, precision, train, val, epochs, scratch):
 
     def logits(row):
         image = data.read_image(row.image_path)
-        pixels, [resized] = sam.preprocess([image], segmenter.recipe)
+        pixels, [resized] = sam.preprocess([image], segmenter.preprocessing)
         truth = data.read_truth(row)
         box = sam.scale_box(prompts.mask_to_box(truth), truth.shape, resized)
         return network.encode(pixels), box[None], truth, resized
@@ -141,7 +141,10 @@ def learn(segmenter, train, val, epochs, example, begun):
             logits = segmenter.network.decode(torch.cat(features), torch.cat(boxes))
         logits = logits[:, None].float()
         targets = torch.stack(
-            [target(*pair, logits.shape[-1], segmenter.recipe) for pair in zip(truths, sizes)]
+            [
+                target(*pair, logits.shape[-1], segmenter.preprocessing)
+                for pair in zip(truths, sizes)
+            ]
         )
         return criterion(logits, targets)
 

@@ -21,7 +21,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from helpers import data, diagnosis, finder, pipeline, sam
+from helpers import data, pipeline, sam
+from helpers.pipeline import detector, diagnosis
 
 RATIO, GROWTH = 1.3, 1.05
 
@@ -48,7 +49,7 @@ def ratio(count):
     images = [data.read_image(path) for path in rows.image_path]
     seconds = {name: [] for name in ("encoder", "segment", "report")}
     for image in [images[0], *images]:  # the first warms up
-        pixels, _ = sam.preprocess([image], pipe.segmenter.recipe)
+        pixels, _ = sam.preprocess([image], pipe.segmenter.preprocessing)
         seconds["encoder"].append(_timed(pipe.segmenter.encode, pixels))
         begun = time.perf_counter()
         finding = pipe.segment(image)
@@ -77,10 +78,10 @@ def growth(count):
     """Return peak memory after all files over that after a tenth of them."""
     segmenter = sam.load("tiny", "cpu")
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
-    doubts = {label: np.linspace(0, 1, 40) for label in data.LABELS}
+    nonconformity = {label: np.linspace(0, 1, 40) for label in data.LABELS}
     zeros = np.zeros((3, len(diagnosis.MEASURES)))
-    judge = diagnosis.Diagnosis(zeros, np.zeros(3), doubts)
-    pipe = pipeline.Pipeline(segmenter, [finder.Finder(channels, 64, 8)], judge)
+    classifier = diagnosis.Diagnosis(zeros, np.zeros(3), nonconformity)
+    pipe = pipeline.Pipeline(segmenter, [detector.LesionDetector(channels, 64, 8)], classifier)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         rng = np.random.default_rng(0)

@@ -20,7 +20,9 @@ import time
 
 import psutil
 
-from helpers import cluster, data, embeddings, search
+from helpers import cache, data
+from helpers.sam import embeddings
+from helpers.scale import ray_cluster, search
 
 FASTER, HEAVIER = 1.5, 1.3
 
@@ -40,7 +42,7 @@ def main():
         task = search.Task("decoder", train, val, fixed, folder=scratch)
         found = [embeddings.embed_rows(task.segmenter, rows, scratch) for rows in (train, val)]
         mapping = sum(each.path.stat().st_size for part in found for each in part.values()) / 1e6
-        cluster.start()
+        ray_cluster.start()
         seeds = iter(range(100))  # a run that was finished before would be read
 
         def measured(name, **resources):
@@ -69,7 +71,7 @@ def main():
 
 def link_embeddings(folder):
     """Read the embeddings that earlier runs left, while the runs themselves are new."""
-    there = data.cache_folder(os.environ.get("NB_CACHE", "")) / "embeddings"
+    there = cache.folder(os.environ.get("NB_CACHE", "")) / "embeddings"
     there.mkdir(parents=True, exist_ok=True)
     os.symlink(there, os.path.join(folder, "embeddings"))
 

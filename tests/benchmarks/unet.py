@@ -20,10 +20,10 @@ def main():
     options = parser.parse_args()
     index = data.load_dataset()
     split = data.split(index)
-    choices = unet.Choices(**unet.VALIDATED, width=options.width, precision="auto")
-    network = unet.build(choices)
-    unet.compile_network(network, choices, options.steps)
-    stream = iter(unet.batches(split[split.subset == "train"], choices))
+    config = unet.Config(**unet.VALIDATED, width=options.width, precision="auto")
+    network = unet.build(config)
+    unet.compile_network(network, config, options.steps)
+    stream = iter(unet.batches(split[split.subset == "train"], config))
     for _ in range(3):  # compiles the step and fills the queue
         network.train_on_batch(*next(stream))
     waited = worked = 0.0
@@ -36,7 +36,7 @@ def main():
         worked += time.perf_counter() - ready
     share = waited / (waited + worked)
     print(
-        f"U-Net, {choices.width} wide, {choices.size} pixels, batches of {choices.batch_size}: a step "
+        f"U-Net, {config.width} wide, {config.size} pixels, batches of {config.batch_size}: a step "
         f"waits {share:.1%} of its time for data (bound {BOUND:.0%})"
     )
     return share > BOUND

@@ -1,10 +1,10 @@
 """Train a whole pipeline on the folds that are not the test fold.
 
-Four finders, each trained without another of the four folds. On that fold each answers for images it has
+Four detectors, each trained without another of the four folds. On that fold each answers for images it has
 not seen; these answers choose the rules and fit the diagnosis, so nothing is calibrated on training
 images, and no image is spent on validation alone. A new image is answered by the four together.
 
-`python -m helpers.crossfit`, which is `make pipeline`, does it once for each test fold of BUSI.
+`python -m helpers.pipeline.train`, which is `make pipeline`, does it once for each test fold of BUSI.
 """
 
 import argparse
@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from helpers import data, diagnosis, embeddings, finder, findings, metrics, pipeline, results, sam
+from helpers import cache, data, metrics, pipeline, results, sam
+from helpers.pipeline import detector, diagnosis, evaluate
+from helpers.sam import embeddings
 
 # What is tried for each rule, one after the other.
 TRIED = {"threshold": (0.5, 0.4, 0.3), "share": (0.5, 0.3), "grow": (0.01, 0.0, 0.02)}
@@ -25,38 +27,38 @@ CARD = """# Automatic pipeline for breast ultrasound
 From a B-mode frame to lesion outlines and the probabilities of normal, benign and malignant. A research
 tool: no medical device, and never the ground for a decision about a patient.
 
-- **Parts**: {finders} finders (`finder-*.safetensors`, float16), and in `pipeline.json` the rules that turn
+- **Parts**: {detectors} detectors (`detector-*.safetensors`, float16), and in `pipeline.json` the rules that turn
   their map into boxes, a logistic regression with its conformal calibration, and the names of the
   training images. The outlines come from {segmenter}, which is not in this folder.
 - **Trained on** {training_images} images of {data} ({classes}), data signature
-  {training_signature}: all folds but {test_fold}. Each finder started from EfficientNet-Lite0 (ImageNet)
+  {training_signature}: all folds but {test_fold}. Each detector started from EfficientNet-Lite0 (ImageNet)
   and learned from {phantoms} synthetic phantoms per class first. The training data of {segmenter}
   very probably contain BUSI.
-- **On images that the finder had not seen**, from which rules and diagnosis were chosen, one image per
+- **On images that the detector had not seen**, from which rules and diagnosis were chosen, one image per
   group: Dice {lesion_dice:.3f} on lesion images, accuracy {accuracy:.3f}, calibration error
-  {calibration_error:.3f}. Each finder answered alone there; here they decide together. For the test fold see
+  {calibration_error:.3f}. Each detector answered alone there; here they decide together. For the test fold see
   `results/`.
 - **Limits**: one hospital, no patient ids; lymph nodes of the axilla come out worst; of colour Doppler
   it has seen nothing, and it says so.
-- **Made by** `make pipeline`; the finders' epochs took {minutes:.0f} minutes, added up.
+- **Made by** `make pipeline`; the detectors' epochs took {minutes:.0f} minutes, added up.
 """
 
 
-def fit(segmenter, material, found, fold, folder="", **choices):
+def fit(segmenter, material, found, fold, folder="", **config):
     """Train, choose and calibrate a pipeline without one fold.
 
     Args:
         segmenter: helpers.sam.Segmenter.
-        material: helpers.finder.Material of rows from `helpers.data.split`; rows of the test fold are
+        material: helpers.detector.Material of rows from `helpers.data.split`; rows of the test fold are
             passed over.
         found: dict from image_id to the embedding of each row's own image.
         fold: the test fold.
-        folder: for runs; "" is `helpers.data.cache_folder()`.
-        choices: the fields of `helpers.finder.Choices`.
+        folder: for runs; "" is `helpers.cache.folder()`.
+        config: the fields of `helpers.detector.Config`.
 
     Returns:
         (Pipeline, DataFrame, DataFrame). The first frame has one row per image outside the test fold,
-        answered by the finder that had not seen it: `image_id`, `label`, `group`, `fold`, `dice`,
+        answered by the detector that had not seen it: `image_id`, `label`, `group`, `fold`, `dice`,
         `confidence` (of the largest outline), and the calibrated `normal`, `benign`, `malignant`. The
         second is the training history with the column `held_out`.
     """
@@ -65,11 +67,11 @@ def fit(segmenter, material, found, fold, folder="", **choices):
     for held_out in sorted(set(rows.fold) - {fold}):
         picked = np.flatnonzero(~rows.fold.isin((fold, held_out)))
         mixed = segmenter.precision == "bfloat16"
-        member, history = finder.fit(material, picked, folder, mixed, **choices)
+        member, history = detector.fit(material, picked, folder, mixed, **config)
         members.append(member)
         histories.append(history.assign(held_out=held_out))
         asked = np.flatnonzero(rows.fold == held_out)
-        maps, names = finder.predict(
+        maps, names = detector.predict(
             [member], material.pixels[0, asked], material.features[0, asked]
         )
         answers |= {rows.image_id[k]: (maps[n], names[n]) for n, k in enumerate(asked)}
@@ -77,7 +79,7 @@ def fit(segmenter, material, found, fold, folder="", **choices):
     judged = known.drop_duplicates("group").reset_index(drop=True)
     rules, _ = choose_rules(segmenter, judged, answers, found)
     measures, dice, confidence = _measured(segmenter, known, answers, found, rules)
-    judge, probabilities = diagnosis.fit(measures, known)
+    classifier, probabilities = diagnosis.fit(measures, known)
     normal = probabilities[:, data.LABELS.index("normal")]
     rules = dataclasses.replace(rules, normal=choose_normal(known.label, dice, normal))
     answered = known[["image_id", "label", "group", "fold"]].assign(
@@ -97,10 +99,10 @@ def fit(segmenter, material, found, fold, folder="", **choices):
             "accuracy": round(named["accuracy"], 5),
             "calibration_error": round(named["calibration_error"], 5),
         },
-        "choices": dataclasses.asdict(finder.Choices(**choices)),
+        "config": dataclasses.asdict(detector.Config(**config)),
         "seconds": round(float(sum(history.seconds.sum() for history in histories)), 1),
     }
-    built = pipeline.Pipeline(segmenter, members, judge, rules, card)
+    built = pipeline.Pipeline(segmenter, members, classifier, rules, card)
     return built, answered, pd.concat(histories, ignore_index=True)
 
 
@@ -186,40 +188,42 @@ def model_card(built, rows):
     counts = rows[rows.image_id.isin(card["trained_on"])].label.value_counts()
     return CARD.format(
         **card | card["validation"],
-        finders=len(built.finders),
+        detectors=len(built.detectors),
         segmenter=built.segmenter.title,
         classes=", ".join(f"{counts[label]} {label}" for label in data.LABELS),
-        phantoms=card["choices"]["phantoms"],
+        phantoms=card["config"]["phantoms"],
         minutes=card["seconds"] / 60,
     )
 
 
 def main(arguments=None):
     """Train a pipeline without each fold of BUSI, save the first, and read each test fold once."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.crossfit", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.pipeline.train", description=main.__doc__
+    )
     parser.add_argument("--folds", nargs="+", type=int, default=list(range(data.N_FOLDS)))
     parser.add_argument("--out", type=Path, default=pipeline.WEIGHTS, help="folder for the first")
     parser.add_argument("--results", default="", help="folder for result files")
-    parser.add_argument("--cache", default="", help="folder for embeddings and finished finders")
+    parser.add_argument("--cache", default="", help="folder for embeddings and finished detectors")
     chosen = parser.parse_args(arguments)
     index = data.load_index()
     segmenter = sam.load("lite-medsam", precision="auto")
     results.banner(index, 0, segmenter.device)
     rows = data.split(index)
     found = embeddings.embed_rows(segmenter, rows, chosen.cache)
-    choices = finder.Choices()
-    material = finder.prepare(segmenter, rows, chosen.cache, choices.views, choices.size)
+    config = detector.Config()
+    material = detector.prepare(segmenter, rows, chosen.cache, config.views, config.size)
     for fold in chosen.folds:
         built, _, _ = fit(segmenter, material, found, fold, chosen.cache)
         print(f"fold {fold} held out: {built.card['validation']}")
         if fold == chosen.folds[0]:
             built.save(chosen.out)
-            data.write_whole(chosen.out / "README.md", model_card(built, rows).encode())
+            cache.write(chosen.out / "README.md", model_card(built, rows).encode())
         test = data.scored(data.split(index, fold), "test")
-        answers, seconds = results.timed(findings.of_rows, built, test, found)
-        scores = metrics.score(test, findings.masks(answers))
+        answers, seconds = results.timed(evaluate.of_rows, built, test, found)
+        scores = metrics.score(test, evaluate.masks(answers))
         run = {"fold": fold, "device": segmenter.device, "path": chosen.results}
-        for file in findings.record(built, test, answers, scores, seconds, **run):
+        for file in evaluate.record(built, test, answers, scores, seconds, **run):
             print(file)
 
 

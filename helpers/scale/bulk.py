@@ -1,6 +1,6 @@
 """More images than one machine holds: a folder, a bucket or Parquet in; scores, masks, embeddings out.
 
-`python -m helpers.bulk SOURCE --out OUT`, or `run(source, out)`. The images are cut into parts in a fixed
+`python -m helpers.scale.bulk SOURCE --out OUT`, or `run(source, out)`. The images are cut into parts in a fixed
 order. Ray Data hands the parts to a pool of workers, each with one pipeline, and a worker reads the
 images of its part and writes what it finds. No image passes through the driver or the object store, so
 memory does not grow with their number, but for eight bytes a name. The scores of a part are written last
@@ -9,7 +9,7 @@ and whole: where they lie, the part is done, and a call that was stopped goes on
 Ray Data's own checkpoints (alpha in 2.60) keep every finished id in memory, read every image again to drop
 the finished ones, and know of one output.
 
-On a cluster (`helpers.cluster`) every machine must see source and output under the same name: buckets or
+On a cluster (`helpers.scale.ray_cluster`) every machine must see source and output under the same name: buckets or
 shared folders. Fit for any number of images is Parquet; the names of a folder are all listed at each start.
 
 A research tool: no medical device, and never the ground for a decision about a patient.
@@ -39,7 +39,9 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from helpers import cluster, data, frames, pipeline
+from helpers import data, pipeline
+from helpers.images import SUFFIXES, first_line, read_dicom, read_image
+from helpers.scale import ray_cluster
 
 try:
     import pyarrow as pa
@@ -47,7 +49,7 @@ try:
     import pyarrow.fs
     import pyarrow.parquet as pq
 except ImportError:
-    raise ImportError(cluster.INSTALL) from None
+    raise ImportError(ray_cluster.INSTALL) from None
 
 VERSION = 1
 SETTINGS = "run.json"
@@ -149,7 +151,7 @@ def run(
         ValueError: an unreadable Parquet, a column missing or of another type, a name missing or twice,
             or `out` is of another source, model or setting.
         FileExistsError: `out` holds something else.
-        ConnectionError, RuntimeError: Ray could not be reached or started (`helpers.cluster.start`), a
+        ConnectionError, RuntimeError: Ray could not be reached or started (`helpers.ray_cluster.start`), a
             worker died too often, or no image of a part got through for reasons other than the image.
         ImportError: Ray is not installed.
     """
@@ -228,7 +230,9 @@ def read(out, what="scores"):
             f"{root}/{what}", schema=SCHEMAS[what], format="parquet", filesystem=system
         )
     except FileNotFoundError:
-        raise FileNotFoundError(f"{out} holds no {what}; run helpers.bulk.run first") from None
+        raise FileNotFoundError(
+            f"{out} holds no {what}; run helpers.scale.bulk.run first"
+        ) from None
 
 
 # ---------------------------------------------------------------------------- what there is to do
@@ -243,7 +247,7 @@ def _place(path):
         return pa.fs.FileSystem.from_uri(text)
     except (ValueError, NotImplementedError, pa.ArrowException) as error:
         raise ValueError(
-            f"{text!r} can't be opened ({data.first_line(error)}); give a folder, or a path that begins "
+            f"{text!r} can't be opened ({first_line(error)}); give a folder, or a path that begins "
             "with s3://, gs:// or file://"
         ) from None
 
@@ -291,7 +295,7 @@ def _plan(source, columns, batch):
         if info.type == pa.fs.FileType.File and not info.base_name.startswith(".")
     }
     tables = [info.path for info in files.values() if info.path.lower().endswith(".parquet")]
-    names = [name for name in files if name.lower().endswith(frames.SUFFIXES)]
+    names = [name for name in files if name.lower().endswith(SUFFIXES)]
     if (names and tables) or not (names or tables):
         kinds = (
             "is a file" if whole else f"holds {len(tables)} Parquet files and {len(names)} images"
@@ -299,7 +303,7 @@ def _plan(source, columns, batch):
         error = ValueError if tables or whole else FileNotFoundError
         raise error(
             f"{str(source)!r} {kinds}; give a Parquet file, or a folder of one kind: .parquet, or "
-            f"{', '.join(frames.SUFFIXES)}"
+            f"{', '.join(SUFFIXES)}"
         )
     digest = hashlib.sha256()
     for name, info in files.items():
@@ -370,7 +374,7 @@ def _check_table(system, path, columns):
             hashes = [_hash(names) for names in _names(system, path, columns)]
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path} is no whole Parquet file ({data.first_line(error)}); write it again"
+            f"{path} is no whole Parquet file ({first_line(error)}); write it again"
         ) from error
     return (
         path,
@@ -478,7 +482,7 @@ def _results(tasks, source, out, model, workers, keep, columns):
     items = [{"task": json.dumps(task)} for task in tasks]
     if not items:
         return
-    ray = cluster.start()
+    ray = ray_cluster.start()
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of Ray's own
@@ -557,7 +561,7 @@ class Worker:
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(
                     f"{path} can't be read between the rows {first} and {last} "
-                    f"({data.first_line(error)}); write it again"
+                    f"({first_line(error)}); write it again"
                 ) from error
 
     def _write(self, file, images):
@@ -599,7 +603,7 @@ class Worker:
                 "embeddings": functools.partial(_embedding, embedding),
             }
         except Exception as error:  # one image of millions may break anything
-            row["error"] = f"{type(error).__name__}: {data.first_line(error)}"
+            row["error"] = f"{type(error).__name__}: {first_line(error)}"
             row["broken"] = not isinstance(error, (OSError, ValueError))
         return row | {"seconds": time.perf_counter() - begun}, kept
 
@@ -658,8 +662,8 @@ class _Named(io.BytesIO):
 def _decode(content, name):
     file = _Named(content, name)
     if name.lower().endswith((".dcm", ".dicom")) or content[128:132] == b"DICM":
-        return frames.read_dicom(file, None)
-    return data.read_image(file)
+        return read_dicom(file, None)
+    return read_image(file)
 
 
 def _file_bytes(system, path):
@@ -753,7 +757,7 @@ def _whole(system, path):
 
 def main(arguments=None):
     """Do what the command line says; return 1 where an image could not be done."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.bulk", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m helpers.scale.bulk", description=main.__doc__)
     parser.add_argument("source", help="folder of images, Parquet, or a bucket path of either")
     parser.add_argument("--out", required=True, help="folder or bucket path; a stopped run goes on")
     parser.add_argument("--weights", help="folder of a pipeline; by default the package's own")

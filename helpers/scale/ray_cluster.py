@@ -9,7 +9,7 @@ from pathlib import Path
 
 import joblib
 
-from helpers import data
+from helpers.images import first_line
 
 SHARED = Path("/dev/shm")  # where Ray keeps the objects that its processes share
 LEAST = 80 * 2**20  # bytes; Ray refuses an object store of under 75 MiB
@@ -66,14 +66,14 @@ def start(memory=256 * 2**20):
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         _check_answers(address)
-        package = {"env_vars": THREADS, "py_modules": [str(Path(__file__).parent)]}
+        package = {"env_vars": THREADS, "py_modules": [str(Path(__file__).parent.parent)]}
         try:
             with _silent():
                 ray.init(address, runtime_env=package, **quiet)
         except Exception as error:  # of many kinds, by what the cluster refuses
             raise ConnectionError(
                 f"the cluster at RAY_ADDRESS {address!r} did not let this process join "
-                f"({data.first_line(error)}); it must run the same versions of Ray and Python, and where it "
+                f"({first_line(error)}); it must run the same versions of Ray and Python, and where it "
                 "asks for a token RAY_AUTH_MODE=token must be set here too"
             ) from error
         return ray
@@ -91,7 +91,7 @@ def start(memory=256 * 2**20):
     except Exception as error:  # bare, where one of Ray's processes did not start
         ray.shutdown()
         raise RuntimeError(
-            f"Ray did not start on this machine ({data.first_line(error)}); end what is left of an "
+            f"Ray did not start on this machine ({first_line(error)}); end what is left of an "
             "earlier Ray with `ray stop`, and see that local ports may be opened and that there is room "
             "in the temporary folder"
         ) from error

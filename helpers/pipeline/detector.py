@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from helpers import augment, data, embeddings, synthetic
+from helpers import augment, cache, data, synthetic
+from helpers.sam import embeddings
 
 VERSION = 3  # raise it with every change that gives other numbers: older runs are then made again
 STEP = 32  # the network's size is a multiple of it: the deepest level is at 1/32
@@ -32,8 +33,8 @@ FROZEN = 2  # of these, and the stem: left as ImageNet made them, which halves t
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
-    """What a finder and its training hang on besides embeddings and data.
+class Config:
+    """What a detector and its training hang on besides embeddings and data.
 
     Attributes:
         epochs: passes over the training images; the last averaged weights are kept, so that no image
@@ -88,7 +89,7 @@ class Choices:
                 )
 
 
-class Finder(nn.Module):
+class LesionDetector(nn.Module):
     """The network; `shape` is what it was built with. Its weights are random until trained or loaded."""
 
     def __init__(self, channels=256, size=224, depth=64, dropout=0.3):
@@ -203,7 +204,7 @@ def _convolve(before, after):
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What finders learn from, in memory: each view of each image.
+    """What detectors learn from, in memory: each view of each image.
 
     Attributes:
         rows: the N rows of an index.
@@ -223,13 +224,13 @@ class Material:
 
 
 def prepare(segmenter, rows, folder="", views=1, size=224, seed=0):
-    """Gather what finders learn from; embeddings come from the cache, or are made.
+    """Gather what detectors learn from; embeddings come from the cache, or are made.
 
     Args:
         segmenter: helpers.sam.Segmenter, whose frozen encoder is used.
         rows: rows of an index; normal images take part with their empty mask.
-        folder: of the embeddings; "" is `helpers.data.cache_folder()`.
-        views, size, seed: as in `Choices`; the seed is that of the views.
+        folder: of the embeddings; "" is `helpers.cache.folder()`.
+        views, size, seed: as in `Config`; the seed is that of the views.
 
     Returns:
         Material.
@@ -252,25 +253,25 @@ def prepare(segmenter, rows, folder="", views=1, size=224, seed=0):
     return Material(rows.reset_index(drop=True), pixels, features, lesions, _labels(rows), made_of)
 
 
-def _phantoms(choices, channels, folder):
+def _phantoms(config, channels, folder):
     """Gather synthetic images; what the encoder would see in them is left at zero."""
-    rows, _ = synthetic.to_learn_from(choices.phantoms, folder)
-    pixels, lesions = _blank(1, len(rows), choices.size)
+    rows, _ = synthetic.to_learn_from(config.phantoms, folder)
+    pixels, lesions = _blank(1, len(rows), config.size)
     for number, row in enumerate(rows.itertuples()):
-        pixels[0, number, 0] = _grey(data.read_image(row.image_path), choices.size)
-        lesions[0, number, 0] = _share(data.read_truth(row), choices.size)
+        pixels[0, number, 0] = _grey(data.read_image(row.image_path), config.size)
+        lesions[0, number, 0] = _share(data.read_truth(row), config.size)
     nothing = torch.zeros((), dtype=torch.float16)
-    features = nothing.expand(1, len(rows), channels, *2 * [choices.size // GRID])
+    features = nothing.expand(1, len(rows), channels, *2 * [config.size // GRID])
     return Material(rows.reset_index(drop=True), pixels, features, lesions, _labels(rows), [])
 
 
 def see(image, embedding, size):
-    """Return what a finder sees of one image.
+    """Return what a detector sees of one image.
 
     Args:
         image: uint8 (H, W, 3) RGB.
         embedding: its embedding, as from `Segmenter.embed` or the cache.
-        size: of the finder.
+        size: of the detector.
 
     Returns:
         uint8 tensor (size, size), its brightness from the frame's darkest to its brightest, and
@@ -306,120 +307,120 @@ def _labels(rows):
     return torch.tensor([data.LABELS.index(label) for label in rows.label])
 
 
-def fit(material, picked, folder="", mixed=False, **choices):
-    """Train one finder; a finished run is read from its folder, named by data and choices.
+def fit(material, picked, folder="", mixed=False, **config):
+    """Train one detector; a finished run is read from its folder, named by data and config.
 
     Args:
-        material: Material, whose views and size must be those of the choices.
+        material: Material, whose views and size must be those of the config.
         picked: positions of the training images in `material.rows`.
-        folder: for runs; "" is `helpers.data.cache_folder()`.
+        folder: for runs; "" is `helpers.cache.folder()`.
         mixed: whether to multiply in bfloat16.
-        choices: the fields of `Choices`.
+        config: the fields of `Config`.
 
     Returns:
-        (Finder, DataFrame): the finder, and per epoch from 1 `epoch`, `train_loss`, `train_accuracy`
+        (LesionDetector, DataFrame): the detector, and per epoch from 1 `epoch`, `train_loss`, `train_accuracy`
         and `seconds`.
 
     Raises:
         ValueError: an unknown choice, or a class that the picked images lack.
         FloatingPointError: the loss is no finite number.
     """
-    choices = Choices(**choices)
+    config = Config(**config)
     picked = torch.as_tensor(np.asarray(picked))
     rows = material.rows.iloc[picked.tolist()]
     data.check_classes(rows)
     held = material.pixels.shape[0], material.pixels.shape[-1]
-    if held != (choices.views, choices.size):
+    if held != (config.views, config.size):
         raise ValueError(
-            f"the material holds {held[0]} views of {held[1]} pixels, the choices ask for "
-            f"{choices.views} of {choices.size}; prepare it with those"
+            f"the material holds {held[0]} views of {held[1]} pixels, the config ask for "
+            f"{config.views} of {config.size}; prepare it with those"
         )
-    parts = [dataclasses.asdict(choices), material.made_of, data.signature(rows), mixed]
+    parts = [dataclasses.asdict(config), material.made_of, data.signature(rows), mixed]
 
     def train():
         channels = material.features.shape[2]
         start = None
-        if choices.phantoms:
-            start = _learn_from_phantoms(channels, folder, mixed, choices)
-        return _train(material, picked, choices, mixed, start)
+        if config.phantoms:
+            start = _learn_from_phantoms(channels, folder, mixed, config)
+        return _train(material, picked, config, mixed, start)
 
     return _kept(folder, parts, train)
 
 
 def _kept(folder, parts, train):
-    """Return finder and history of the run that the parts name; it is trained where there is none yet."""
+    """Return detector and history of the run that the parts name; it is trained where there is none yet."""
     key = hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()[:16]
-    run = data.cache_folder(folder) / "finders" / key
-    if (run / "finder.safetensors").exists():
+    run = cache.folder(folder) / "detectors" / key
+    if (run / "detector.safetensors").exists():
         print(f"this run was finished before; it is read from {run}")
     else:
-        finder, history = train()
-        data.write_whole(run / "history.csv", pd.DataFrame(history).to_csv(index=False).encode())
-        save(finder, run / "finder.safetensors")
-    return load(run / "finder.safetensors"), pd.read_csv(run / "history.csv")
+        detector, history = train()
+        cache.write(run / "history.csv", pd.DataFrame(history).to_csv(index=False).encode())
+        save(detector, run / "detector.safetensors")
+    return load(run / "detector.safetensors"), pd.read_csv(run / "history.csv")
 
 
-def _learn_from_phantoms(channels, folder, mixed, choices):
+def _learn_from_phantoms(channels, folder, mixed, config):
     """Train on synthetic images first; the run is kept and serves every split of the real ones."""
-    first = dataclasses.replace(choices, epochs=choices.phantom_epochs, phantoms=0, views=1)
+    first = dataclasses.replace(config, epochs=config.phantom_epochs, phantoms=0, views=1)
 
     def train():
-        made = _phantoms(choices, channels, folder)
+        made = _phantoms(config, channels, folder)
         print(f"first {len(made.rows)} synthetic images, then the training images")
         return _train(made, torch.arange(len(made.rows)), first, mixed, None)
 
-    made_of = ["phantoms", synthetic.VERSION, choices.phantoms, channels]
+    made_of = ["phantoms", synthetic.VERSION, config.phantoms, channels]
     return _kept(folder, [dataclasses.asdict(first), made_of, mixed], train)[0]
 
 
-def _train(material, picked, choices, mixed, start):
+def _train(material, picked, config, mixed, start):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     history = []
     with torch.random.fork_rng():
-        torch.manual_seed(choices.seed)
-        shape = {name: getattr(choices, name) for name in ("size", "depth", "dropout")}
-        finder = Finder(material.features.shape[2], **shape)
-        finder.start_from_imagenet()
+        torch.manual_seed(config.seed)
+        shape = {name: getattr(config, name) for name in ("size", "depth", "dropout")}
+        detector = LesionDetector(material.features.shape[2], **shape)
+        detector.start_from_imagenet()
         if start:
-            finder.load_state_dict(start.state_dict())
-        finder = finder.to(device, memory_format=torch.channels_last)
+            detector.load_state_dict(start.state_dict())
+        detector = detector.to(device, memory_format=torch.channels_last)
         averaged = torch.optim.swa_utils.AveragedModel(
-            finder,
-            multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(choices.average),
+            detector,
+            multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.average),
         )
         optimizer = torch.optim.AdamW(
-            [part for part in finder.parameters() if part.requires_grad],
-            choices.learning_rate,
-            weight_decay=choices.weight_decay,
+            [part for part in detector.parameters() if part.requires_grad],
+            config.learning_rate,
+            weight_decay=config.weight_decay,
         )
-        steps = max(1, len(picked) // choices.batch_size)
+        steps = max(1, len(picked) // config.batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, choices.learning_rate, total_steps=steps * choices.epochs, pct_start=0.2
+            optimizer, config.learning_rate, total_steps=steps * config.epochs, pct_start=0.2
         )
-        for epoch in tqdm(range(1, choices.epochs + 1), "training", unit="epoch", file=sys.stdout):
+        for epoch in tqdm(range(1, config.epochs + 1), "training", unit="epoch", file=sys.stdout):
             start, losses, correct = time.perf_counter(), 0.0, 0.0
-            finder.train()
+            detector.train()
             for batch in picked[torch.randperm(len(picked))].tensor_split(steps):
                 pixels, features, lesions = (
                     part.to(device, memory_format=torch.channels_last)
-                    for part in _draw(material, batch, choices)
+                    for part in _draw(material, batch, config)
                 )
                 labels = material.labels[batch].to(device)
                 with torch.autocast(device.type, torch.bfloat16, mixed):
-                    lesion, names = (part.float() for part in finder(pixels, features))
-                loss = F.cross_entropy(names, labels, label_smoothing=choices.smoothing)
+                    lesion, names = (part.float() for part in detector(pixels, features))
+                loss = F.cross_entropy(names, labels, label_smoothing=config.smoothing)
                 loss = loss + map_loss(lesion, F.avg_pool2d(lesions, COARSE))
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
                         f"the training loss of epoch {epoch} is {loss.item()}; lower learning_rate "
-                        f"(now {choices.learning_rate})"
+                        f"(now {config.learning_rate})"
                     )
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(finder.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-                averaged.update_parameters(finder)
+                averaged.update_parameters(detector)
                 losses += loss.item() * len(batch)
                 correct += float((names.argmax(1) == labels).sum())
             history.append(
@@ -440,28 +441,28 @@ def map_loss(logits, truth):
     return 1 - dice + F.binary_cross_entropy_with_logits(logits, truth)
 
 
-def _draw(material, batch, choices):
+def _draw(material, batch, config):
     """Draw a view of each image of a batch, zoomed, shifted and at another gain."""
     count = len(batch)
-    drawn = torch.randint(choices.views, (count,))
+    drawn = torch.randint(config.views, (count,))
     pixels, lesions = (
         part[drawn, batch].float() / 255 for part in (material.pixels, material.lesions)
     )
     features = material.features[drawn, batch].float()
     move = torch.zeros(count, 2, 3)
-    zoom = torch.exp(_spread(count, choices.zoom))
+    zoom = torch.exp(_spread(count, config.zoom))
     move[:, 0, 0] = zoom * (2 * torch.randint(2, (count,)) - 1)  # mirrored, or not
-    move[:, 1, 1] = zoom * torch.exp(_spread(count, choices.zoom / 2))
-    move[:, :, 2] = _spread((count, 2), choices.zoom)
+    move[:, 1, 1] = zoom * torch.exp(_spread(count, config.zoom / 2))
+    move[:, :, 2] = _spread((count, 2), config.zoom)
     pixels, features, lesions = (
         F.grid_sample(
             part, F.affine_grid(move, part.shape, align_corners=False), align_corners=False
         )
         for part in (pixels, features, lesions)
     )
-    change = _spread((3, count, 1, 1, 1), choices.intensity)
+    change = _spread((3, count, 1, 1, 1), config.intensity)
     pixels = pixels.clamp(min=1e-4) ** torch.exp(change[0]) * torch.exp(change[1])
-    noise = torch.rand(count, 1, 1, 1) * choices.intensity / 2
+    noise = torch.rand(count, 1, 1, 1) * config.intensity / 2
     pixels = (pixels + change[2] / 6) * (1 + noise * torch.randn_like(pixels))
     return pixels.clamp(0, 1), features, lesions
 
@@ -472,11 +473,11 @@ def _spread(shape, largest):
 
 
 @torch.inference_mode()
-def predict(finders, pixels, features, batch_size=16):
-    """Ask finders together, each for the frame and for its mirror image (with the embedding mirrored).
+def predict(detectors, pixels, features, batch_size=16):
+    """Ask detectors together, each for the frame and for its mirror image (with the embedding mirrored).
 
     Args:
-        finders: list of Finder.
+        detectors: list of LesionDetector.
         pixels: uint8 (N, 1, size, size), as from `see`.
         features: float (N, channels, size / 8, size / 8).
         batch_size: images per pass.
@@ -485,7 +486,7 @@ def predict(finders, pixels, features, batch_size=16):
         float32 arrays (N, size / 4, size / 4) and (N, 3): probability of lesion, and of the classes in the
         order of `helpers.data.LABELS`; both the mean of all answers.
     """
-    device = next(finders[0].parameters()).device
+    device = next(detectors[0].parameters()).device
     maps, names = [], []
     for start in range(0, len(pixels), batch_size):
         parts = pixels[start : start + batch_size], features[start : start + batch_size]
@@ -495,7 +496,7 @@ def predict(finders, pixels, features, batch_size=16):
             )
             for part in parts
         )
-        votes = [finder.eval()(seen / 255, known) for finder in finders]
+        votes = [detector.eval()(seen / 255, known) for detector in detectors]
         lesions, classes = (torch.stack(answers) for answers in zip(*votes))
         direct, mirrored = lesions.sigmoid().mean(0)[:, 0].chunk(2)
         maps.append((direct + mirrored.flip(-1)) / 2)
@@ -503,39 +504,41 @@ def predict(finders, pixels, features, batch_size=16):
     return torch.cat(maps).cpu().numpy(), torch.cat(names).cpu().numpy()
 
 
-def save(finder, path, dtype=torch.float32):
-    """Write a finder to a .safetensors file in a floating type; it appears whole or not at all."""
+def save(detector, path, dtype=torch.float32):
+    """Write a detector to a .safetensors file in a floating type; it appears whole or not at all."""
     from safetensors.torch import save as to_bytes
 
     weights = {
         name: value.contiguous().cpu().to(dtype if value.is_floating_point() else value.dtype)
-        for name, value in finder.state_dict().items()
+        for name, value in detector.state_dict().items()
     }
-    data.write_whole(path, to_bytes(weights, {"finder": json.dumps(finder.shape)}))
+    cache.write(path, to_bytes(weights, {"detector": json.dumps(detector.shape)}))
 
 
 def load(path):
-    """Read a finder that `save` wrote.
+    """Read a detector that `save` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds no finder.
+        ValueError: the file holds no detector.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            described = (file.metadata() or {}).get("finder")
+            described = (file.metadata() or {}).get("detector")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if described is None:
-            raise ValueError("it does not say which finder it holds")
-        finder = Finder(**json.loads(described))
-        finder.load_state_dict(state)
+            raise ValueError("it does not say which detector it holds")
+        detector = LesionDetector(**json.loads(described))
+        detector.load_state_dict(state)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} does not exist; helpers.finder.fit and save write such files"
+            f"{path} does not exist; helpers.detector.fit and save write such files"
         ) from None
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no finder of helpers.finder: {error}") from error
+        raise ValueError(
+            f"{path} holds no LesionDetector: {error}"
+        ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return finder.to(device, memory_format=torch.channels_last).eval()
+    return detector.to(device, memory_format=torch.channels_last).eval()

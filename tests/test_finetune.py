@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import data, embeddings, metrics, prompts, sam, training
+from helpers import data, metrics, prompts, sam
+from helpers.sam import embeddings, finetune
 
 FAST = {"epochs": 3, "learning_rate": 1e-3}
 
@@ -37,7 +38,7 @@ def tiny():
 def any_epoch_is_better(monkeypatch):
     """Validation scores that rise, so that the last epoch is kept."""
     monkeypatch.setattr(
-        training._Run,
+        finetune._Run,
         "_validate",
         lambda run, epoch: {"val_loss": 1.0, "val_dice_loss": 1.0, "val_dice": epoch / 100},
     )
@@ -126,7 +127,7 @@ def test_lora_needs_no_cache(tiny, train, val, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "choices",
+    "config",
     [
         {"loss": "dice"},
         {"loss": "dice+focal"},
@@ -142,12 +143,12 @@ def test_lora_needs_no_cache(tiny, train, val, tmp_path):
         {"mixed_precision": True},
         {"seed": 1},
     ],
-    ids=lambda choices: " ".join(choices),
+    ids=lambda config: " ".join(config),
 )
-def test_every_choice_changes_the_numbers(tiny, train, val, tmp_path, choices):
+def test_every_choice_changes_the_numbers(tiny, train, val, tmp_path, config):
     other = sam.load("tiny", device="cpu")
     usual = tiny.fit(train, val, tmp_path, **FAST)
-    chosen = other.fit(train, val, tmp_path, **FAST, **choices)
+    chosen = other.fit(train, val, tmp_path, **FAST, **config)
     assert np.isfinite(chosen.val_loss).all()
     assert chosen.val_dice[0] == usual.val_dice[0]
     assert chosen.val_loss.iloc[-1] != usual.val_loss.iloc[-1]
@@ -161,7 +162,7 @@ def test_an_epoch_sees_one_view_of_each_image(tiny, train, val, tmp_path):
 
 def test_a_lesion_turned_out_of_sight_is_seen_as_it_is(tiny, train, val, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        training.augment,
+        finetune.augment,
         "view",
         lambda image, mask, *_: (image, mask if mask is None else np.zeros_like(mask)),
     )
@@ -171,7 +172,7 @@ def test_a_lesion_turned_out_of_sight_is_seen_as_it_is(tiny, train, val, tmp_pat
 def test_early_stopping(tiny, train, val, tmp_path, monkeypatch):
     scores = iter([0.5, 0.6, 0.55, 0.6, 0.9])
     monkeypatch.setattr(
-        training._Run,
+        finetune._Run,
         "_validate",
         lambda run, epoch: {"val_loss": 1.0, "val_dice_loss": 1.0, "val_dice": next(scores)},
     )
@@ -180,14 +181,14 @@ def test_early_stopping(tiny, train, val, tmp_path, monkeypatch):
     assert list(history.best) == [False, True, False, False]
 
 
-@pytest.mark.parametrize("choices", [{}, {"average": 0.9, "schedule": "cosine", "jitter": 9}])
+@pytest.mark.parametrize("config", [{}, {"average": 0.9, "schedule": "cosine", "jitter": 9}])
 def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(
-    tiny, train, val, tmp_path, monkeypatch, choices
+    tiny, train, val, tmp_path, monkeypatch, config
 ):
-    monkeypatch.setattr(training, "WRITE_EVERY", 0)
-    unbroken = tiny.fit(train, val, tmp_path / "one", **FAST, **choices)
+    monkeypatch.setattr(finetune, "WRITE_EVERY", 0)
+    unbroken = tiny.fit(train, val, tmp_path / "one", **FAST, **config)
     stopped = sam.load("tiny", device="cpu")
-    step = training._Run._step
+    step = finetune._Run._step
 
     def stop_in_epoch_2(run, batch, epoch, number):
         if (epoch, number) == (2, 2):
@@ -195,16 +196,16 @@ def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(
         return step(run, batch, epoch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_step", stop_in_epoch_2)
+        patch.setattr(finetune._Run, "_step", stop_in_epoch_2)
         with pytest.raises(KeyboardInterrupt):
-            stopped.fit(train, val, tmp_path / "two", **FAST, **choices)
+            stopped.fit(train, val, tmp_path / "two", **FAST, **config)
     resumed = sam.load("tiny", device="cpu")
     epochs = []
-    epoch = training._Run._epoch
+    epoch = finetune._Run._epoch
     monkeypatch.setattr(
-        training._Run, "_epoch", lambda run, n, *rest: epochs.append(n) or epoch(run, n, *rest)
+        finetune._Run, "_epoch", lambda run, n, *rest: epochs.append(n) or epoch(run, n, *rest)
     )
-    history = resumed.fit(train, val, tmp_path / "two", **FAST, **choices)
+    history = resumed.fit(train, val, tmp_path / "two", **FAST, **config)
     assert epochs == [2, 3]
     pd.testing.assert_frame_equal(numbers(history), numbers(unbroken))
     assert changed(weights(tiny), resumed) == set()
@@ -212,14 +213,14 @@ def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(
 
 def test_short_epochs_do_not_all_write_their_state(tiny, train, val, tmp_path, monkeypatch):
     written = []
-    write = training._Run._write
+    write = finetune._Run._write
     monkeypatch.setattr(
-        training._Run, "_write", lambda run: written.append(len(run.history)) or write(run)
+        finetune._Run, "_write", lambda run: written.append(len(run.history)) or write(run)
     )
-    monkeypatch.setattr(training, "WRITE_EVERY", 3600)
+    monkeypatch.setattr(finetune, "WRITE_EVERY", 3600)
     tiny.fit(train, val, tmp_path / "a", **FAST)
     assert written == [4]  # epochs 0 to 3, at the end
-    monkeypatch.setattr(training, "WRITE_EVERY", 0)
+    monkeypatch.setattr(finetune, "WRITE_EVERY", 0)
     sam.load("tiny", device="cpu").fit(train, val, tmp_path / "b", **FAST)
     assert written == [4, 1, 2, 3, 4]
 
@@ -235,15 +236,15 @@ def test_each_epoch_is_reported(tiny, train, val, tmp_path):
 def test_a_finished_run_is_read(tiny, train, val, tmp_path, capsys, monkeypatch):
     first = tiny.fit(train, val, tmp_path, **FAST)
     again = sam.load("tiny", device="cpu")
-    monkeypatch.delattr(training._Run, "_step")
+    monkeypatch.delattr(finetune._Run, "_step")
     pd.testing.assert_frame_equal(again.fit(train, val, tmp_path, **FAST), first)
     assert changed(weights(tiny), again) == set()
     assert "finished before" in capsys.readouterr().out
 
 
 def test_another_run_is_never_mixed_in(tiny, train, val, tmp_path):
-    key = lambda rows, **choices: (  # noqa: E731
-        training._Run(tiny, rows, val, tmp_path, training.Choices(**choices)).path
+    key = lambda rows, **config: (  # noqa: E731
+        finetune._Run(tiny, rows, val, tmp_path, finetune.Config(**config)).path
     )
     first = key(train)
     others = {
@@ -317,7 +318,7 @@ def test_out_of_memory_names_the_setting(tiny, train, val, tmp_path, monkeypatch
     def full(run, *arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(training._Run, "_step", full)
+    monkeypatch.setattr(finetune._Run, "_step", full)
     with pytest.raises(MemoryError, match=r"lower batch_size \(now 2\)"):
         tiny.fit(train, val, tmp_path)
     monkeypatch.setattr(tiny.network, "encode", full)
@@ -337,7 +338,7 @@ def test_other_errors_are_not_called_lack_of_memory(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("choices", "message"),
+    ("config", "message"),
     [
         ({"loss": "hinge"}, "loss 'hinge' is none of dice, dice\\+ce"),
         ({"optimizer": "lion"}, "optimizer 'lion' is none of"),
@@ -354,9 +355,9 @@ def test_other_errors_are_not_called_lack_of_memory(tiny, monkeypatch):
     ],
     ids=str,
 )
-def test_choices_are_checked(choices, message):
+def test_choices_are_checked(config, message):
     with pytest.raises(ValueError, match=message):
-        training.Choices(**choices)
+        finetune.Config(**config)
 
 
 def test_an_unknown_choice(tiny, train, val, tmp_path):
@@ -370,15 +371,15 @@ LAUNCH = """
 import sys
 import pandas as pd
 from accelerate import debug_launcher, notebook_launcher
-from helpers import training
+from helpers.sam import finetune
 
 if __name__ == "__main__":
     train, val = (pd.read_pickle(path) for path in sys.argv[1:3])
     arguments = ("tiny", "float32", train, val, sys.argv[3], {"epochs": 2, "learning_rate": 1e-3})
     if sys.argv[4] == "1":
-        notebook_launcher(training.fit_in_process, arguments, num_processes=1)
+        notebook_launcher(finetune.fit_in_process, arguments, num_processes=1)
     else:
-        debug_launcher(training.fit_in_process, arguments, num_processes=int(sys.argv[4]))
+        debug_launcher(finetune.fit_in_process, arguments, num_processes=int(sys.argv[4]))
 """
 
 
@@ -393,15 +394,15 @@ def test_processes_share_a_run(tiny, train, val, tmp_path, processes, monkeypatc
     subprocess.run(command, cwd=tmp_path, check=True, timeout=240)
     alone = tiny.fit(even, val, tmp_path / "alone", epochs=2, learning_rate=1e-3)
     read = sam.load("tiny", device="cpu")
-    monkeypatch.delattr(training._Run, "_step")
+    monkeypatch.delattr(finetune._Run, "_step")
     together = read.fit(even, val, cache, epochs=2, learning_rate=1e-3)
     pd.testing.assert_frame_equal(numbers(together), numbers(alone), rtol=1e-4)
 
 
 def test_a_batch_that_processes_cannot_share(tiny, train, val, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(training.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(training.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(finetune.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(finetune.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(finetune.dist, "get_world_size", lambda: 3)
     with pytest.raises(ValueError, match="batch_size 2 can't be shared by 3 processes"):
         tiny.fit(train, val, tmp_path)
 

@@ -1,7 +1,11 @@
+import sys
+from pathlib import Path
+
 import nbformat
 import pytest
 
-from helpers import run
+sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))
+import execute as run  # noqa: E402
 
 
 def notebook(path, *cells):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from helpers import augment, data
+from helpers import augment, cache, data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def embed_rows(segmenter, rows, folder="", view=0, seed=0, quiet=False):
     Args:
         segmenter: helpers.sam.Segmenter.
         rows: rows of an index.
-        folder: of the cache; "" is `helpers.data.cache_folder()`.
+        folder: of the cache; "" is `helpers.cache.folder()`.
         view: which augmentation of each image, as for `helpers.augment.view`; 0 is the image itself.
         seed: of the augmentation.
         quiet: show no progress.
@@ -64,7 +64,7 @@ def embed_rows(segmenter, rows, folder="", view=0, seed=0, quiet=False):
     Raises:
         OSError: the folder can't be written to.
     """
-    target = data.cache_folder(folder) / "embeddings" / encoder_hash(segmenter)
+    target = cache.folder(folder) / "embeddings" / encoder_hash(segmenter)
     found, missing, damaged = {}, [], 0
     bar = {"desc": "embedding", "unit": "image", "file": sys.stdout, "disable": quiet}
     with tqdm(total=len(rows), **bar) as progress:
@@ -91,7 +91,7 @@ def embed_rows(segmenter, rows, folder="", view=0, seed=0, quiet=False):
 def encoder_hash(segmenter):
     """Return a hash of all that an embedding hangs on besides the image."""
     digest = hashlib.sha256()
-    settings = dataclasses.asdict(segmenter.recipe) | {"precision": segmenter.precision}
+    settings = dataclasses.asdict(segmenter.preprocessing) | {"precision": segmenter.precision}
     settings.pop("title")
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(state_hash(segmenter.network.get_submodule(segmenter.network.encoder)).encode())
@@ -154,4 +154,4 @@ def _write(path, embedding):
         "resized": embedding.resized,
         "seconds": round(embedding.seconds, 4),
     }
-    data.write_whole(path, save({"features": features}, {"about": json.dumps(about)}))
+    cache.write(path, save({"features": features}, {"about": json.dumps(about)}))

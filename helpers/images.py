@@ -4,9 +4,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from helpers import data
-
+SPECK = 20  # pixels; a smaller component of the ground truth is a slip of the annotator's pen
 SMALLEST = 64  # px: below it no lesion can be told from speckle
 COLOURED = 24  # of 255: how far the channels of a pixel may lie apart before it counts as coloured
 DOPPLER_SHARE = 0.05  # of coloured pixels: marks and logos stay below it
@@ -31,7 +31,7 @@ def read(path, frame=None):
     if not path.is_file():
         raise FileNotFoundError(f"there is no image file {str(path)!r}")
     if not _is_dicom(path):
-        return data.read_image(path)
+        return read_image(path)
     return read_dicom(path, frame)
 
 
@@ -70,7 +70,7 @@ def read_dicom(path, frame):
             values = pixels.apply_voi_lut(pixels.apply_modality_lut(values, dataset), dataset)
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"the pixels of {path} can't be decoded ({data.first_line(error)}); export it uncompressed"
+            f"the pixels of {path} can't be decoded ({first_line(error)}); export it uncompressed"
         ) from error
     if values.dtype != np.uint8:
         values = values.astype(np.float32)
@@ -114,3 +114,74 @@ def check(image):
             "frames alone, so do not trust it",
         )
     return ()
+
+
+def read_image(path):
+    """Read an image as uint8 (H, W, 3) RGB, whether stored grey, RGB, RGBA or with a palette.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is cut off, no image, or deeper than 8 bits.
+    """
+    return np.array(open_image(path).convert("RGB"))
+
+
+def read_mask(paths, shape):
+    """Join the mask files of one image.
+
+    Args:
+        paths: mask files; 1-bit, grey, RGB or RGBA. A pixel counts where it is brighter than half
+            of the file's brightest, so that 0/1 files read like 0/255 ones.
+        shape: (H, W) of the image, or its (H, W, 3) shape.
+
+    Returns:
+        bool (H, W), True where any file marks a lesion; all False for a normal image.
+
+    Raises:
+        ValueError: a mask is cut off, or of another size than the image.
+    """
+    joined = np.zeros(shape[:2], dtype=bool)
+    for path in paths:
+        values = np.asarray(open_image(path).convert("L"))
+        if values.shape != joined.shape:
+            raise ValueError(
+                f"mask {path} is {values.shape[1]} x {values.shape[0]} pixels, its image "
+                f"{joined.shape[1]} x {joined.shape[0]}; fetch the pair again, never resize a mask "
+                "to fit"
+            )
+        joined |= values > values.max() / 2
+    return joined
+
+
+def open_image(path, pixels=True):
+    """Open an image file; with `pixels=False` only its header is read."""
+    try:
+        with Image.open(path) as image:
+            # Pillow would keep the high byte of 16-bit colours, and say nothing.
+            deep = any("16" in str(tile[3]) for tile in image.tile)
+            if pixels:
+                image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image file {path}; fetch the data set again") from None
+    except (OSError, SyntaxError) as error:  # Pillow's errors for a foreign or a cut-off file
+        raise ValueError(
+            f"{path} is not a whole image ({first_line(error)}); fetch it again"
+        ) from error
+    if deep or image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(
+            f"{path} has more than 8 bits a channel (mode {image.mode}); scale it to 0..255 and save "
+            "it as 8-bit, so that its brightness is your choice"
+        )
+    return image
+
+
+def drop_specks(mask):
+    """Return a bool (H, W) mask without its 8-connected components of under 20 pixels."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    large = stats[:, cv2.CC_STAT_AREA] >= SPECK
+    large[0] = False  # the background
+    return large[labels]
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -1,6 +1,6 @@
-"""What each fine-tuning trick gives on the validation images of fold 0: writes results/tricks.csv.
+"""What each fine-tuning trick gives on the validation images of fold 0: writes results/ablation.csv.
 
-    BUSI_DIR=... python tests/benchmarks/tricks.py [text ...]
+    BUSI_DIR=... python tests/benchmarks/ablation.py [text ...]
 
 LiteMedSAM, one image per group, at the images' own size. The test fold is never read. Without a text,
 every trick runs; else those whose name holds one. Runs are kept in the cache folder ($NB_CACHE), so a
@@ -13,7 +13,8 @@ import sys
 
 import pandas as pd
 
-from helpers import data, embeddings, metrics, prompts, results, sam
+from helpers import cache, data, metrics, prompts, results, sam
+from helpers.sam import embeddings
 
 SHORT = {"epochs": 10, "schedule": "cosine"}
 TRICKS = {
@@ -40,13 +41,13 @@ def main(texts):
     train, val = split[split.subset == "train"], data.scored(split, "val")
     boxes = prompts.truth_boxes(val)
     loose = prompts.jitter_boxes(val, boxes, 20)
-    for name, choices in TRICKS.items():
+    for name, config in TRICKS.items():
         if texts and not any(text in name for text in texts):
             continue
         segmenter = sam.load("lite-medsam", precision="auto")
-        line = {"trick": name, "choices": "" if choices is None else str(choices)}
-        if choices is not None:
-            history = segmenter.fit(train, val, cache, **choices)
+        line = {"trick": name, "config": "" if config is None else str(config)}
+        if config is not None:
+            history = segmenter.fit(train, val, cache, **config)
             line["kept_epoch"] = int(history.epoch[history.best].iloc[0])
         found = embeddings.embed_rows(segmenter, val, cache)
         for kind, prompt in (("tight", boxes), ("jittered", loose)):
@@ -60,14 +61,14 @@ def main(texts):
 
 def write(line):
     """Put a line into the table, in the place of an older one of the same trick."""
-    target = results.folder() / "tricks.csv"
+    target = results.folder() / "ablation.csv"
     lines = pd.read_csv(target).to_dict("records") if target.is_file() else []
     lines = [old for old in lines if old["trick"] != line["trick"]] + [line]
     order = {trick: place for place, trick in enumerate(TRICKS)}
     lines.sort(key=lambda one: order[one["trick"]])
     text = io.StringIO()
     pd.DataFrame(lines).to_csv(text, index=False)
-    data.write_whole(target, text.getvalue().encode())
+    cache.write(target, text.getvalue().encode())
 
 
 if __name__ == "__main__":

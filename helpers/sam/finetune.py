@@ -1,7 +1,7 @@
 """Fine-tune a promptable segmenter on cached embeddings, and keep the best epoch's weights.
 
 The usual loop sends every image through the frozen encoder in every epoch. Here each image passes it
-once (`helpers.embeddings`), and an epoch costs the decoder alone.
+once (`helpers.sam.embeddings`), and an epoch costs the decoder alone.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from helpers import augment, data, embeddings, metrics, prompts
-from helpers.sam import enlarge, input_shape, memory_advice, preprocess, scale_box
+from helpers import augment, cache, data, metrics, prompts
+from helpers.sam import embeddings, enlarge, input_shape, memory_advice, preprocess, scale_box
 
 VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
 WRITE_EVERY = 10  # seconds: short epochs do not each write their state
@@ -52,7 +52,7 @@ def _losses():
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
+class Config:
     """What a fine-tuning run hangs on besides weights and data. The defaults are the usual recipe.
 
     Attributes:
@@ -119,21 +119,21 @@ class Choices:
             raise ValueError(f"average is {self.average}; it must be 0 or more, and below 1")
 
 
-def fit(segmenter, train, val, folder="", report=None, **choices):
+def fit(segmenter, train, val, folder="", report=None, **config):
     """Fine-tune a segmenter on boxes drawn from the truth; it ends with the best epoch's weights.
 
     The best epoch has the highest mean Dice on `val`; epoch 0, the weights as they came, takes part.
-    The run is kept in a folder of its own, named by weights, data and choices. A stopped run resumes
+    The run is kept in a folder of its own, named by weights, data and config. A stopped run resumes
     there and gives the numbers of an unbroken one; a finished one is read.
 
     Args:
         segmenter: helpers.sam.Segmenter, changed in place.
         train: rows of an index. Rows with an empty mask are left out, counted and named.
         val: rows of an index to choose the epoch by; never the test fold.
-        folder: for embeddings and runs; "" is `helpers.data.cache_folder()`.
+        folder: for embeddings and runs; "" is `helpers.cache.folder()`.
         report: called after each epoch with the history so far, a list of dicts; what it raises ends
             the training.
-        choices: the fields of `Choices`.
+        config: the fields of `Config`.
 
     Returns:
         DataFrame, one row per epoch from 0: `epoch`, `learning_rate`, `train_loss` and `val_loss` (the
@@ -148,10 +148,10 @@ def fit(segmenter, train, val, folder="", report=None, **choices):
         MemoryError: the memory ran out; says which setting to lower.
         OSError: the folder can't be written to.
     """
-    return _Run(segmenter, train, val, folder, Choices(**choices), report).train()
+    return _Run(segmenter, train, val, folder, Config(**config), report).train()
 
 
-def fit_in_process(checkpoint, precision, train, val, folder="", choices=None):
+def fit_in_process(checkpoint, precision, train, val, folder="", config=None):
     """Load and fit in one of several processes: for `accelerate.notebook_launcher`.
 
     The processes share each batch. Nothing is returned, for they end; call `Segmenter.fit` with the
@@ -162,7 +162,7 @@ def fit_in_process(checkpoint, precision, train, val, folder="", choices=None):
     from helpers import sam
 
     segmenter = sam.load(checkpoint, PartialState().device, precision)
-    segmenter.fit(train, val, folder, **(choices or {}))
+    segmenter.fit(train, val, folder, **(config or {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,26 +192,26 @@ class _Forward(torch.nn.Module):
 class _Run:
     """One fine-tuning run; `train` is all that `fit` calls."""
 
-    def __init__(self, segmenter, train, val, folder, choices, report=None):
+    def __init__(self, segmenter, train, val, folder, config, report=None):
         self.rank, self.world = 0, 1
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if choices.batch_size % self.world:
+        if config.batch_size % self.world:
             raise ValueError(
-                f"batch_size {choices.batch_size} can't be shared by {self.world} processes; make it "
+                f"batch_size {config.batch_size} can't be shared by {self.world} processes; make it "
                 "a multiple of them"
             )
         data.check_apart(train, val)
-        self.segmenter, self.network, self.choices = segmenter, segmenter.network, choices
+        self.segmenter, self.network, self.config = segmenter, segmenter.network, config
         self.folder, self.report = folder, report
-        self.mixed = choices.mixed_precision
+        self.mixed = config.mixed_precision
         if self.mixed is None:
             self.mixed = segmenter.precision == "bfloat16"
-        self.from_pixels = "lora" in choices.parts
+        self.from_pixels = "lora" in config.parts
         self.losses = _losses()
         self.train_rows = self._with_lesion(train, "train")
         self.val_rows = self._with_lesion(val, "val")
-        self.path = data.cache_folder(folder) / "training" / f"{self._key()}.pt"
+        self.path = cache.folder(folder) / "training" / f"{self._key()}.pt"
 
     def _with_lesion(self, rows, name):
         """Leave rows with an empty truth out, and say so."""
@@ -233,7 +233,7 @@ class _Run:
         """Hash all that the numbers hang on."""
         parts = [
             VERSION,
-            dataclasses.asdict(self.choices) | {"mixed_precision": self.mixed},
+            dataclasses.asdict(self.config) | {"mixed_precision": self.mixed},
             embeddings.encoder_hash(self.segmenter),
             embeddings.state_hash(self.network),
             self.segmenter.device.type,
@@ -257,8 +257,8 @@ class _Run:
         return history.assign(source=self.train_rows.source.iloc[0])
 
     def _train_on(self):
-        choices = self.choices
-        views = [self._examples(self.train_rows, view) for view in range(choices.views)]
+        config = self.config
+        views = [self._examples(self.train_rows, view) for view in range(config.views)]
         # A lesion that a view turned out of the image is seen as it is.
         views = [
             [seen if seen.box is not None else views[0][i] for i, seen in enumerate(examples)]
@@ -268,10 +268,10 @@ class _Run:
         self.val_truths = [data.read_truth(row) for row in self.val_rows.itertuples()]
         if not self.history:
             self._close_epoch({"epoch": 0, "learning_rate": np.nan}, time.perf_counter())
-        steps = -(-len(self.train_rows) // choices.batch_size)
+        steps = -(-len(self.train_rows) // config.batch_size)
         done = self.history[-1]["epoch"]
         with tqdm(
-            total=choices.epochs * steps,
+            total=config.epochs * steps,
             initial=done * steps,
             desc="fine-tuning",
             unit="step",
@@ -281,7 +281,7 @@ class _Run:
             while not self._finished():
                 epoch = self.history[-1]["epoch"] + 1
                 examples = [
-                    views[(epoch - 1 + i) % choices.views][i] for i in range(len(self.train_rows))
+                    views[(epoch - 1 + i) % config.views][i] for i in range(len(self.train_rows))
                 ]
                 self._epoch(epoch, examples, progress)
                 progress.set_postfix_str(f"val Dice {self.history[-1]['val_dice']:.3f}")
@@ -301,19 +301,21 @@ class _Run:
 
     def _embed(self, rows, view):
         return embeddings.embed_rows(
-            self.segmenter, rows, self.folder, view, self.choices.seed, quiet=self.rank > 0
+            self.segmenter, rows, self.folder, view, self.config.seed, quiet=self.rank > 0
         )
 
     def _example(self, row, view, stored):
         def pixels():
             image = augment.view(data.read_image(row.image_path), None, view, row.image_id, seed)[0]
-            return preprocess([image], self.segmenter.recipe)[0][0]
+            return preprocess([image], self.segmenter.preprocessing)[0][0]
 
-        seed, truth = self.choices.seed, data.read_truth(row)
+        seed, truth = self.config.seed, data.read_truth(row)
         if view:
             image = data.read_image(row.image_path)
             truth = augment.view(image, truth, view, row.image_id, seed)[1]
-        resized = stored.resized if stored else input_shape(truth.shape, self.segmenter.recipe)
+        resized = (
+            stored.resized if stored else input_shape(truth.shape, self.segmenter.preprocessing)
+        )
         return _Example(
             image_id=row.image_id,
             load=(lambda: stored.features) if stored else pixels,
@@ -326,7 +328,7 @@ class _Run:
     def _target(self, truth, resized):
         grid = self.network.grid
         height, width = (
-            max(1, round(side * grid / self.segmenter.recipe.input_size)) for side in resized
+            max(1, round(side * grid / self.segmenter.preprocessing.input_size)) for side in resized
         )
         small = cv2.resize(truth.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
         target = np.zeros((grid, grid), dtype=bool)
@@ -348,10 +350,10 @@ class _Run:
 
     def _start(self, state):
         """Set weights, optimiser and history to where the run stands."""
-        choices, network = self.choices, self.network
+        config, network = self.config, self.network
         if self.from_pixels:
             self._add_adapters()
-        for part in set(choices.parts) - {"lora"}:
+        for part in set(config.parts) - {"lora"}:
             network.get_submodule(network.parts[part]).requires_grad_(True)
         for name, weight in network.named_parameters():
             if name.endswith("positional_embedding"):  # fixed random frequencies, as SAM has them
@@ -359,14 +361,12 @@ class _Run:
         self.weights = {
             name: weight for name, weight in network.named_parameters() if weight.requires_grad
         }
-        self.optimizer = OPTIMIZERS[choices.optimizer](
-            self.weights.values(), lr=choices.learning_rate, weight_decay=choices.weight_decay
+        self.optimizer = OPTIMIZERS[config.optimizer](
+            self.weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        batches = -(-len(self.train_rows) // choices.batch_size)
-        self.scheduler = get_scheduler(
-            choices.schedule, self.optimizer, 0, choices.epochs * batches
-        )
-        self.average = self._copy() if choices.average else {}
+        batches = -(-len(self.train_rows) // config.batch_size)
+        self.scheduler = get_scheduler(config.schedule, self.optimizer, 0, config.epochs * batches)
+        self.average = self._copy() if config.average else {}
         self.best, self.best_epoch, self.history = self._copy(), 0, []
         self.written = time.monotonic()
         if state:
@@ -386,10 +386,10 @@ class _Run:
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
 
-        network, rank = self.network, self.choices.lora_rank
+        network, rank = self.network, self.config.lora_rank
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["qkv"])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.choices.seed)
+            torch.manual_seed(self.config.seed)
             encoder = LoraModel(network.get_submodule(network.encoder), config, "default")
         network.set_submodule(network.encoder, encoder)
 
@@ -400,7 +400,7 @@ class _Run:
         if self.from_pixels:
             encoder = network.get_submodule(network.encoder)
             network.set_submodule(network.encoder, encoder.merge_and_unload())
-        self.segmenter.title = f"{self.segmenter.recipe.title}, fine-tuned"
+        self.segmenter.title = f"{self.segmenter.preprocessing.title}, fine-tuned"
 
     def _copy(self):
         return {name: weight.detach().clone() for name, weight in self.weights.items()}
@@ -412,13 +412,13 @@ class _Run:
 
     def _epoch(self, epoch, examples, progress):
         begun = time.perf_counter()
-        choices, sums = self.choices, np.zeros(4)
-        order = np.random.default_rng([choices.seed, epoch]).permutation(len(examples))
+        config, sums = self.config, np.zeros(4)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
         record = {"epoch": epoch, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        for start in range(0, len(order), choices.batch_size):
-            batch = [examples[i] for i in order[start : start + choices.batch_size]]
-            with memory_advice("batch_size", choices.batch_size):
-                sums += self._step(batch, epoch, start // choices.batch_size + 1)
+        for start in range(0, len(order), config.batch_size):
+            batch = [examples[i] for i in order[start : start + config.batch_size]]
+            with memory_advice("batch_size", config.batch_size):
+                sums += self._step(batch, epoch, start // config.batch_size + 1)
             progress.update()
         loss, dice_loss, dice, count = sums.tolist()
         record |= {
@@ -430,7 +430,7 @@ class _Run:
 
     def _step(self, batch, epoch, step):
         """Learn from a batch; return the sums of loss, Dice loss and Dice score, and the count."""
-        choices = self.choices
+        config = self.config
         while len(batch) % self.world:  # every process needs its share of the last batch
             batch = batch + batch[:1]
         batch = batch[self.rank :: self.world]
@@ -439,22 +439,22 @@ class _Run:
         with self._autocast():
             logits = self.forward(inputs, boxes)
         logits = logits[:, None].float()
-        loss = self.losses[choices.loss](logits, targets)
+        loss = self.losses[config.loss](logits, targets)
         self.optimizer.zero_grad()
         loss.backward()
-        if choices.clip:
-            torch.nn.utils.clip_grad_norm_(self.weights.values(), choices.clip)
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(self.weights.values(), config.clip)
         sums = self._sums(loss.detach(), logits.detach(), targets)
         self._check_finite(sums, f"epoch {epoch}, step {step}")
         self.optimizer.step()
         self.scheduler.step()
         for name, average in self.average.items():
-            average.lerp_(self.weights[name].detach(), 1 - choices.average)
+            average.lerp_(self.weights[name].detach(), 1 - config.average)
         return sums
 
     def _jittered(self, example, epoch):
         key = f"{example.image_id} {epoch}"
-        jitter, seed = self.choices.jitter, self.choices.seed
+        jitter, seed = self.config.jitter, self.config.seed
         return prompts.jitter_box(example.box, example.image_size, jitter, key, seed)
 
     def _autocast(self):
@@ -479,7 +479,7 @@ class _Run:
         if not np.isfinite(sums).all():
             raise FloatingPointError(
                 f"the loss became {sums[0] / sums[-1]} in {where} (learning_rate "
-                f"{self.choices.learning_rate:g}); lower learning_rate or set clip. The segmenter "
+                f"{self.config.learning_rate:g}); lower learning_rate or set clip. The segmenter "
                 f"keeps the weights of epoch {self.best_epoch}, the best so far"
             )
 
@@ -508,10 +508,12 @@ class _Run:
             features = self.segmenter.encode(inputs) if self.from_pixels else inputs
             logits = self.network.decode(features, boxes)[:, None].float()
             losses = [
-                self.losses[name](logits, targets).item() for name in (self.choices.loss, "dice")
+                self.losses[name](logits, targets).item() for name in (self.config.loss, "dice")
             ]
             mask = (
-                enlarge(logits, example.image_size, example.resized, self.segmenter.recipe)[0, 0]
+                enlarge(logits, example.image_size, example.resized, self.segmenter.preprocessing)[
+                    0, 0
+                ]
                 > 0
             )
             dice = metrics.segmentation(mask.cpu().numpy(), truth, surface=False)["dice"]
@@ -531,10 +533,8 @@ class _Run:
     def _finished(self):
         if not self.history:
             return False
-        epoch, patience = self.history[-1]["epoch"], self.choices.patience
-        return epoch >= self.choices.epochs or bool(
-            patience and epoch - self.best_epoch >= patience
-        )
+        epoch, patience = self.history[-1]["epoch"], self.config.patience
+        return epoch >= self.config.epochs or bool(patience and epoch - self.best_epoch >= patience)
 
     def _write(self):
         state = {
@@ -548,7 +548,7 @@ class _Run:
         }
         content = io.BytesIO()
         torch.save(state, content)
-        data.write_whole(self.path, content.getvalue())
+        cache.write(self.path, content.getvalue())
 
     def _read(self):
         if not self.path.exists():

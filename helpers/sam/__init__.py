@@ -27,7 +27,7 @@ PRECISIONS = ("float32", "bfloat16", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Preprocessing:
     """What a checkpoint family expects of its input.
 
     The image's longest side becomes `input_size` pixels, intensities are scaled, and zeros fill the
@@ -41,14 +41,16 @@ class Recipe:
     intensity: str  # "min-max" of the resized image, "mean-std" of ImageNet, or "unit" (x / 255)
 
 
-RECIPES = {
-    "lite-medsam": Recipe("LiteMedSAM", 256, "area", "min-max"),
-    "facebook/sam-vit-base": Recipe("SAM ViT-B", 1024, "bilinear", "mean-std"),
-    "facebook/sam-vit-large": Recipe("SAM ViT-L", 1024, "bilinear", "mean-std"),
-    "facebook/sam-vit-huge": Recipe("SAM ViT-H", 1024, "bilinear", "mean-std"),
-    "wanglab/medsam-vit-base": Recipe("MedSAM ViT-B", 1024, "bilinear", "mean-std"),
-    "flaviagiammarino/medsam-vit-base": Recipe("MedSAM ViT-B (x/255)", 1024, "bilinear", "unit"),
-    "tiny": Recipe("tiny SAM, random weights", 128, "bilinear", "mean-std"),
+PREPROCESSING = {
+    "lite-medsam": Preprocessing("LiteMedSAM", 256, "area", "min-max"),
+    "facebook/sam-vit-base": Preprocessing("SAM ViT-B", 1024, "bilinear", "mean-std"),
+    "facebook/sam-vit-large": Preprocessing("SAM ViT-L", 1024, "bilinear", "mean-std"),
+    "facebook/sam-vit-huge": Preprocessing("SAM ViT-H", 1024, "bilinear", "mean-std"),
+    "wanglab/medsam-vit-base": Preprocessing("MedSAM ViT-B", 1024, "bilinear", "mean-std"),
+    "flaviagiammarino/medsam-vit-base": Preprocessing(
+        "MedSAM ViT-B (x/255)", 1024, "bilinear", "unit"
+    ),
+    "tiny": Preprocessing("tiny SAM, random weights", 128, "bilinear", "mean-std"),
 }
 
 
@@ -79,7 +81,7 @@ def load(checkpoint="lite-medsam", device=None, precision="float32"):
     """Load a promptable segmenter.
 
     Args:
-        checkpoint: a name of `RECIPES`, another Hub id of a SAM checkpoint, or a local folder that
+        checkpoint: a name of `PREPROCESSING`, another Hub id of a SAM checkpoint, or a local folder that
             `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor).
             "lite-medsam" comes with pip; "tiny" has random weights, for tests.
         device: of torch; by default a GPU where there is one.
@@ -111,16 +113,16 @@ def load(checkpoint="lite-medsam", device=None, precision="float32"):
         raise ValueError(
             f"{name!r} is a file; give the folder that Segmenter.save or save_pretrained wrote"
         )
-    elif name in RECIPES or (name.count("/") == 1 and not path.is_absolute()):
+    elif name in PREPROCESSING or (name.count("/") == 1 and not path.is_absolute()):
         network = _TransformersSAM(_pretrained(name))
     else:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
+        close = difflib.get_close_matches(name, PREPROCESSING, n=1)
         raise ValueError(
             f"unknown checkpoint {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; use "
-            f"one of {', '.join(RECIPES)}, a Hub id 'owner/name', or a folder that exists"
+            f"one of {', '.join(PREPROCESSING)}, a Hub id 'owner/name', or a folder that exists"
         )
-    recipe = RECIPES.get(name) or _processor_recipe(name)
-    return Segmenter(network, recipe, name, device, precision=precision)
+    preprocessing = PREPROCESSING.get(name) or _processor_preprocessing(name)
+    return Segmenter(network, preprocessing, name, device, precision=precision)
 
 
 def multiplies_bfloat16(device):
@@ -156,7 +158,7 @@ class Segmenter:
         title: the model's name in a result row, such as "LiteMedSAM, released weights".
         checkpoint: the name or folder it was loaded from.
         network: torch module with `encode` and `decode`.
-        recipe: Recipe of the checkpoint's family.
+        preprocessing: Preprocessing of the checkpoint's family.
         device: torch device.
         precision: "float32" or "bfloat16", what the encoder and `fit` multiply in; `predict`
             decodes in float32.
@@ -164,17 +166,19 @@ class Segmenter:
             (8 take half as long again per image there, and 2 GB more).
     """
 
-    def __init__(self, network, recipe, checkpoint, device, title=None, precision="float32"):
+    def __init__(self, network, preprocessing, checkpoint, device, title=None, precision="float32"):
         # Channels last: the same numbers from a faster encoder on a CPU.
         network = network.to(device, memory_format=torch.channels_last).eval()
         self.network = network.requires_grad_(False)
-        self.recipe = recipe
+        self.preprocessing = preprocessing
         self.checkpoint = checkpoint
         self.device = device
         self.precision = precision
         self.batch_size = 1 if device.type == "cpu" else 8
-        released = checkpoint in RECIPES and checkpoint != "tiny"
-        self.title = title or (f"{recipe.title}, released weights" if released else recipe.title)
+        released = checkpoint in PREPROCESSING and checkpoint != "tiny"
+        self.title = title or (
+            f"{preprocessing.title}, released weights" if released else preprocessing.title
+        )
 
     @torch.no_grad()
     def embed(self, images, batch_size=None):
@@ -195,7 +199,7 @@ class Segmenter:
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             begun = time.perf_counter()
-            pixels, resized = preprocess(batch, self.recipe)
+            pixels, resized = preprocess(batch, self.preprocessing)
             with memory_advice("batch_size", batch_size):
                 features = self.encode(pixels)
             if self.device.type == "cuda":
@@ -243,14 +247,14 @@ class Segmenter:
         features = embedding.features[None].to(self.device, torch.float32)
         prompt = scale_box(box, embedding.image_size, embedding.resized)
         logits = self.network.decode(features, prompt[None].to(self.device))
-        logits = enlarge(logits[None], embedding.image_size, embedding.resized, self.recipe)
+        logits = enlarge(logits[None], embedding.image_size, embedding.resized, self.preprocessing)
         return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
 
     def predict_masks(self, embeddings, boxes):
         """Outline one box in each image.
 
         Args:
-            embeddings: dict from image_id to Embedding, as from `helpers.embeddings.embed_rows`.
+            embeddings: dict from image_id to Embedding, as from `helpers.sam.embeddings.embed_rows`.
             boxes: dict from image_id to box; its keys are the images that are outlined.
 
         Returns:
@@ -258,16 +262,16 @@ class Segmenter:
         """
         return {name: self.predict(embeddings[name], box) > 0.5 for name, box in boxes.items()}
 
-    def fit(self, train, val, folder="", report=None, **choices):
+    def fit(self, train, val, folder="", report=None, **config):
         """Fine-tune on boxes drawn from the truth, and keep the best epoch's weights.
 
-        By default the usual recipe: Adam at 1e-5 on the mask decoder, Dice + cross-entropy, 20
-        epochs. See `helpers.training.fit` for `report`, what it returns and raises, and
-        `helpers.training.Choices` for the keywords.
+        By default the usual configuration: Adam at 1e-5 on the mask decoder, Dice + cross-entropy, 20
+        epochs. See `helpers.finetune.fit` for `report`, what it returns and raises, and
+        `helpers.sam.finetune.Config` for the keywords.
         """
-        from helpers import training
+        from helpers.sam import finetune
 
-        return training.fit(self, train, val, folder, report, **choices)
+        return finetune.fit(self, train, val, folder, report, **config)
 
     def save(self, folder):
         """Write weights and settings so that `load(folder)` gives this segmenter again.
@@ -297,7 +301,7 @@ class Segmenter:
                 "title": self.title,
                 "network": type(self.network).__name__,
                 "config": self.network.config(),
-                "recipe": dataclasses.asdict(self.recipe),
+                "preprocessing": dataclasses.asdict(self.preprocessing),
             }
             (new / MARKER).write_text(json.dumps(settings, indent=2) + "\n")
             _swap(new, folder)
@@ -319,12 +323,12 @@ def _swap(new, folder):
     shutil.rmtree(old)
 
 
-def preprocess(images, recipe):
+def preprocess(images, preprocessing):
     """Turn images into a network's input.
 
     Args:
         images: list of uint8 (H, W, 3) RGB.
-        recipe: Recipe of the checkpoint.
+        preprocessing: Preprocessing of the checkpoint.
 
     Returns:
         float32 tensor (N, 3, input_size, input_size), and a list of the (h, w) that each image
@@ -334,18 +338,18 @@ def preprocess(images, recipe):
         ValueError: an image so narrow that its short side would shrink to nothing.
     """
     for image in images:
-        if min(image.shape[:2]) * recipe.input_size < max(image.shape[:2]):
+        if min(image.shape[:2]) * preprocessing.input_size < max(image.shape[:2]):
             raise ValueError(
                 f"an image of {image.shape[1]} x {image.shape[0]} pixels is too narrow: at "
-                f"{recipe.input_size} pixels its short side would vanish; crop its long side"
+                f"{preprocessing.input_size} pixels its short side would vanish; crop its long side"
             )
-    if recipe.resample == "bilinear":
-        return _preprocess_transformers(images, recipe)
-    size = recipe.input_size
+    if preprocessing.resample == "bilinear":
+        return _preprocess_transformers(images, preprocessing)
+    size = preprocessing.input_size
     pixels = np.zeros((len(images), size, size, 3), dtype=np.float32)
     resized = []
     for canvas, image in zip(pixels, images):
-        height, width = input_shape(image.shape, recipe)
+        height, width = input_shape(image.shape, preprocessing)
         small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
         low, high = small.min(), small.max()
         canvas[:height, :width] = (small - low) / max(high - low, 1e-8)
@@ -353,18 +357,18 @@ def preprocess(images, recipe):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), resized
 
 
-def input_shape(shape, recipe):
+def input_shape(shape, preprocessing):
     """Return the (h, w) that an image of `shape` (H, W) fills of the network's input, pixels."""
-    return tuple(int(side * recipe.input_size / max(shape[:2]) + 0.5) for side in shape[:2])
+    return tuple(int(side * preprocessing.input_size / max(shape[:2]) + 0.5) for side in shape[:2])
 
 
-def _preprocess_transformers(images, recipe):
+def _preprocess_transformers(images, preprocessing):
     from transformers import SamImageProcessor
 
     processor = SamImageProcessor(
-        size={"longest_edge": recipe.input_size},
-        pad_size={"height": recipe.input_size, "width": recipe.input_size},
-        do_normalize=recipe.intensity == "mean-std",
+        size={"longest_edge": preprocessing.input_size},
+        pad_size={"height": preprocessing.input_size, "width": preprocessing.input_size},
+        do_normalize=preprocessing.intensity == "mean-std",
     )
     batch = processor(images, return_tensors="pt", input_data_format="channels_last")
     return batch["pixel_values"], [tuple(size) for size in batch["reshaped_input_sizes"].tolist()]
@@ -399,19 +403,19 @@ def memory_advice(setting, value):
         ) from error
 
 
-def enlarge(logits, image_size, resized, recipe):
+def enlarge(logits, image_size, resized, preprocessing):
     """Bring low-resolution logits to the image's own size: enlarge, cut the padding off, resize.
 
     Args:
         logits: tensor (N, 1, h, w).
         image_size: (H, W) of the image.
         resized: (h, w) that the image fills of the network's input.
-        recipe: Recipe of the checkpoint.
+        preprocessing: Preprocessing of the checkpoint.
 
     Returns:
         tensor (N, 1, H, W).
     """
-    square = (recipe.input_size, recipe.input_size)
+    square = (preprocessing.input_size, preprocessing.input_size)
     if logits.shape[-2:] != square:
         logits = F.interpolate(logits, square, mode="bilinear", align_corners=False)
     logits = logits[..., : resized[0], : resized[1]]
@@ -521,14 +525,14 @@ def _tiny_model():
             "output_channels": 32,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
-            "image_size": RECIPES["tiny"].input_size,
+            "image_size": PREPROCESSING["tiny"].input_size,
             "mlp_dim": 64,
             "global_attn_indexes": [0],
             "num_pos_feats": 16,
         },
         prompt_encoder_config={
             "hidden_size": 32,
-            "image_size": RECIPES["tiny"].input_size,
+            "image_size": PREPROCESSING["tiny"].input_size,
             "mask_input_channels": 4,
         },
         mask_decoder_config={
@@ -599,8 +603,8 @@ def _quiet_transformers():
             logging.enable_progress_bar()
 
 
-def _processor_recipe(source):
-    """Read the recipe of a checkpoint that `RECIPES` does not name from its own processor."""
+def _processor_preprocessing(source):
+    """Read the preprocessing of a checkpoint that `PREPROCESSING` does not name from its own processor."""
     from transformers import SamImageProcessor
 
     try:
@@ -610,14 +614,14 @@ def _processor_recipe(source):
             f"checkpoint {str(source)!r} has no preprocessor_config.json, so what it expects of an "
             "image is unknown; save its processor beside it with SamProcessor.save_pretrained"
         ) from error
-    published = SamImageProcessor()  # a Recipe can say no more than SAM's own processor
+    published = SamImageProcessor()  # a Preprocessing can say no more than SAM's own processor
     for name in ("do_resize", "do_rescale", "rescale_factor", "do_pad", "resample"):
         _check_processor(source, name, getattr(processor, name), getattr(published, name))
     for name in ("image_mean", "image_std") if processor.do_normalize else ():
         found, expected = (list(getattr(one, name)) for one in (processor, published))
         _check_processor(source, name, found, expected)
     intensity = "mean-std" if processor.do_normalize else "unit"
-    return Recipe(Path(source).name, processor.size["longest_edge"], "bilinear", intensity)
+    return Preprocessing(Path(source).name, processor.size["longest_edge"], "bilinear", intensity)
 
 
 def _check_processor(source, name, found, expected):
@@ -640,11 +644,11 @@ def _load_folder(folder, device, precision):
             )
         network = _TransformersSAM(_pretrained(folder))
         return Segmenter(
-            network, _processor_recipe(folder), str(folder), device, precision=precision
+            network, _processor_preprocessing(folder), str(folder), device, precision=precision
         )
     try:
         settings = json.loads((folder / MARKER).read_text())
-        recipe = Recipe(**settings["recipe"])
+        preprocessing = Preprocessing(**settings["preprocessing"])
         names = settings["checkpoint"], settings["title"]
         network = _saved_network(settings["network"], settings["config"])
         state = load_file(folder / "model.safetensors")
@@ -653,7 +657,7 @@ def _load_folder(folder, device, precision):
             f"the segmenter in {str(folder)!r} is cut off, altered or missing ({error!r}); save it again"
         ) from error
     _load_state(network, state, str(folder))
-    return Segmenter(network, recipe, names[0], device, names[1], precision)
+    return Segmenter(network, preprocessing, names[0], device, names[1], precision)
 
 
 def _saved_network(name, config):

@@ -24,7 +24,8 @@ import pandas as pd
 from scipy import stats
 from tqdm import tqdm
 
-from helpers import cluster, data, metrics, prompts, results
+from helpers import cache, data, metrics, prompts, results
+from helpers.scale import ray_cluster
 
 VERSION = (
     2  # raise it with every change that gives other numbers: older searches are then not resumed
@@ -39,7 +40,7 @@ MEMORY = 2 * 1024**3  # bytes that a trial asks for, so that no more run at once
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that can be searched: the module whose `fit` and `Choices` it has, and how it is judged."""
+    """A model that can be searched: the module whose `fit` and `Config` it has, and how it is judged."""
 
     title: str
     module: str
@@ -49,7 +50,7 @@ class Model:
 
 
 MODELS = {
-    "decoder": Model("mask decoder", "training", "val_dice", "Dice", ("val_dice", 1)),
+    "decoder": Model("mask decoder", "sam.finetune", "val_dice", "Dice", ("val_dice", 1)),
     "unet": Model("U-Net", "unet", "val_dice", "Dice", ("val_dice", 1)),
     "vgg": Model("VGG-16", "vgg", "val_accuracy", "accuracy", ("val_loss", -1)),
 }
@@ -95,9 +96,9 @@ class Task:
         train: rows of an index.
         val: rows of an index; the score of a trial is the mean Dice, or the accuracy, on them at the
             epoch that `fit` keeps. Never the test fold.
-        fixed: choices of the model that no trial varies; the rest are the defaults of its `Choices`.
+        fixed: config of the model that no trial varies; the rest are the defaults of its `Config`.
         checkpoint, precision: of the segmenter, as for `helpers.sam.load`; "decoder" only.
-        folder: for embeddings, runs and searches; "" is `helpers.data.cache_folder()`.
+        folder: for embeddings, runs and searches; "" is `helpers.cache.folder()`.
 
     Raises:
         ValueError: an unknown model or choice.
@@ -123,22 +124,22 @@ class Task:
 
     @property
     def module(self):
-        """The module that holds `fit` and `Choices`."""
+        """The module that holds `fit` and `Config`."""
         return importlib.import_module(f"helpers.{MODELS[self.model].module}")
 
     def check(self, setting):
         """Raise ValueError where a name is no choice of the model, or a value is none of its values."""
-        known = [field.name for field in dataclasses.fields(self.module.Choices)]
+        known = [field.name for field in dataclasses.fields(self.module.Config)]
         for name in setting:
             if name not in known:
                 raise ValueError(
                     f"{name!r} is no choice of {self.model}; choose among {', '.join(known)}"
                 )
-        self.module.Choices(**self.fixed | setting)
+        self.module.Config(**self.fixed | setting)
 
     def value(self, name, setting=()):
         """Return what a setting holds for a choice, else what is fixed, else the default."""
-        return getattr(self.module.Choices(**self.fixed | dict(setting)), name)
+        return getattr(self.module.Config(**self.fixed | dict(setting)), name)
 
     @functools.cached_property
     def segmenter(self):
@@ -149,19 +150,19 @@ class Task:
 
     def fit(self, setting, report=None):
         """Train with a setting, or read the finished run; return (network, history) as `fit` does."""
-        choices = self.fixed | setting
+        config = self.fixed | setting
         if self.model != "decoder":
             return self.module.fit(
-                self.train, self.val, folder=self.folder, report=report, **choices
+                self.train, self.val, folder=self.folder, report=report, **config
             )
         from helpers import sam
 
         segmenter = sam.load(self.checkpoint, precision=self.precision)
-        return segmenter, segmenter.fit(self.train, self.val, self.folder, report, **choices)
+        return segmenter, segmenter.fit(self.train, self.val, self.folder, report, **config)
 
     def identity(self):
         """Return what makes this task another than the next, for JSON."""
-        from helpers import embeddings
+        from helpers.sam import embeddings
 
         decoder = self.model == "decoder"
         return {
@@ -206,7 +207,7 @@ def grid(task, settings, name, **resources):
 
     Args:
         task: Task.
-        settings: list of dict of choices.
+        settings: list of dict of config.
         name: of the search, with which its folder's name begins.
         resources: `cpus`, `memory` (bytes) and `at_once`, as for `sample`.
 
@@ -219,10 +220,10 @@ def grid(task, settings, name, **resources):
         ValueError: a setting is none of the model, or the folder holds something else.
         BlockingIOError: another process is running this search.
         ImportError: Ray or Optuna is not installed.
-        ConnectionError, RuntimeError: Ray could not be reached or started; see `helpers.cluster.start`.
+        ConnectionError, RuntimeError: Ray could not be reached or started; see `helpers.ray_cluster.start`.
     """
     if not settings:
-        raise ValueError("there is no setting to try; give a list of dicts of choices")
+        raise ValueError("there is no setting to try; give a list of dicts of config")
     for setting in settings:
         task.check(setting)
     return _search(task, name, {"settings": settings}, **resources)
@@ -256,7 +257,7 @@ def sample(task, space, trials, name, seed=0, **resources):
 
 def _check_space(task, space):
     if not space:
-        raise ValueError("the search space is empty; name choices and their values")
+        raise ValueError("the search space is empty; name config and their values")
     for name, values in space.items():
         if not isinstance(values, Range) and not len(values):
             raise ValueError(f"the search space has no value for {name!r}; list at least one")
@@ -377,15 +378,15 @@ def importance(trials, seed=0):
         study.add_trial(
             optuna.trial.create_trial(params=setting, distributions=domains, value=score)
         )
-    judge = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-    shares = optuna.importance.get_param_importances(study, evaluator=judge)
+    classifier = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    shares = optuna.importance.get_param_importances(study, evaluator=classifier)
     return {name: float(share) for name, share in shares.items()}
 
 
 def read_test(task, recipes, rows, fold=0, seeds=(0, 1, 2), path=""):
     """Score recipes on held-out rows, and write a result file for each recipe and seed.
 
-    Their runs are read where `grid` made them. Do this once, when all choices are made.
+    Their runs are read where `grid` made them. Do this once, when all config are made.
 
     Args:
         task: Task.
@@ -433,7 +434,7 @@ def _answers(task, network, rows):
     if task.model == "vgg":
         size = task.value("size")
         return task.module.predict(network, task.module.pictures(rows, size))
-    from helpers import embeddings
+    from helpers.sam import embeddings
 
     boxes, found = prompts.truth_boxes(rows), embeddings.embed_rows(network, rows, task.folder)
     return {name: network.predict(found[name], box) > 0.5 for name, box in boxes.items()}
@@ -476,16 +477,16 @@ def compare(scores, baseline, level=0.95):
 
 def _search(task, name, plan, cpus=1, memory=MEMORY, at_once=None):
     identity = {"version": VERSION, **task.identity(), **plan}
-    folder = _claim(data.cache_folder(task.folder) / "searches", name, identity)
+    folder = _claim(cache.folder(task.folder) / "searches", name, identity)
     finished = folder / "trials.json"
     if finished.exists():
         print(f"this search was finished before; it is read from {finished}")
     else:
-        cluster.start()
+        ray_cluster.start()
         _embed(task, plan)
         with _alone(folder):
             trials = _run(task, folder, plan, cpus, memory, at_once)
-        data.write_whole(finished, json.dumps(trials).encode())
+        cache.write(finished, json.dumps(trials).encode())
     trials = json.loads(finished.read_text())
     if "settings" in plan:  # in their order, and not as they ended
         trials.sort(key=lambda trial: plan["settings"].index(trial["setting"]))
@@ -502,7 +503,7 @@ def _claim(searches, name, identity):
         raise ValueError(
             f"{folder} holds something else; choose another name, or delete the folder"
         )
-    data.write_whole(there, about)
+    cache.write(there, about)
     return folder
 
 
@@ -525,7 +526,7 @@ def _embed(task, plan):
     """Fill the cache of embeddings before the trials, which then share the files."""
     if task.model != "decoder":
         return
-    from helpers import embeddings
+    from helpers.sam import embeddings
 
     settings = plan.get("settings") or [{"views": _largest(task, plan["space"], "views")}]
     views = {(task.value("views", setting), task.value("seed", setting)) for setting in settings}
@@ -624,7 +625,7 @@ def _optuna():
     try:
         import optuna
     except ImportError:
-        raise ImportError(cluster.INSTALL) from None
+        raise ImportError(ray_cluster.INSTALL) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

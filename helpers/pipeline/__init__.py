@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from helpers import data, diagnosis, finder, frames, sam
+from helpers import cache, data, images, sam
+from helpers.pipeline import detector, diagnosis
 
 VERSION = 1
 SETTINGS = "pipeline.json"
@@ -30,7 +31,7 @@ COVERAGE = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How a lesion map becomes boxes; chosen on images that the finders did not learn from.
+    """How a lesion map becomes boxes; chosen on images that the detectors did not learn from.
 
     Attributes:
         threshold: probability from which a pixel of the map counts.
@@ -59,8 +60,8 @@ class Finding:
         possible: the classes that can't be ruled out at the coverage of 90 % per class.
         confidence: list of float, per lesion: the Dice that its outline would have if the pixel
             probabilities were right.
-        lesion_map: float32 (H, W), what the finders alone gave for the probability of lesion.
-        probability: float32 (H, W), of lesion, per pixel, the segmenter's and the finders' mean.
+        lesion_map: float32 (H, W), what the detectors alone gave for the probability of lesion.
+        probability: float32 (H, W), of lesion, per pixel, the segmenter's and the detectors' mean.
         warnings: tuple of str, what makes the frame unfit; empty for an ordinary one.
     """
 
@@ -85,25 +86,25 @@ class Finding:
 
 
 class Pipeline:
-    """A segmenter, the finders that propose boxes to it, and a diagnosis of what they outline.
+    """A segmenter, the detectors that propose boxes to it, and a diagnosis of what they outline.
 
     Attributes:
         segmenter: helpers.sam.Segmenter.
-        finders: list of helpers.finder.Finder.
-        judge: helpers.diagnosis.Diagnosis.
+        detectors: list of helpers.detector.LesionDetector.
+        classifier: helpers.pipeline.diagnosis.Diagnosis.
         rules: Rules.
         card: dict of what it was trained on and how; goes into results and the model card.
     """
 
-    def __init__(self, segmenter, finders, judge, rules=None, card=None):
-        self.segmenter, self.finders, self.judge = segmenter, list(finders), judge
+    def __init__(self, segmenter, detectors, classifier, rules=None, card=None):
+        self.segmenter, self.detectors, self.classifier = segmenter, list(detectors), classifier
         self.rules, self.card = rules or Rules(), card or {}
 
     def segment(self, image, embedding=None, mirror=False):
         """Find, outline and name the lesions of a frame.
 
         Args:
-            image: uint8 (H, W, 3) RGB, as from `helpers.frames.read`.
+            image: uint8 (H, W, 3) RGB, as from `helpers.images.read`.
             embedding: of this very image, where it is at hand; else the encoder runs.
             mirror: also look at the mirror image, and average; takes the encoder twice.
 
@@ -114,7 +115,7 @@ class Pipeline:
             ValueError: no uint8 RGB image, or one that can't be a B-mode frame.
         """
         sam.check_image(image)
-        warnings = frames.check(image)
+        warnings = images.check(image)
         embedding = embedding or self.segmenter.embed([image])[0]
         lesion_map, names = self._look(image, embedding)
         if mirror:
@@ -124,12 +125,12 @@ class Pipeline:
         return self.conclude(lesion_map, names, embedding, warnings)
 
     def _look(self, image, embedding):
-        pixels, features = finder.see(image, embedding, self.finders[0].shape["size"])
-        maps, names = finder.predict(self.finders, pixels[None, None], features[None])
+        pixels, features = detector.see(image, embedding, self.detectors[0].shape["size"])
+        maps, names = detector.predict(self.detectors, pixels[None, None], features[None])
         return enlarge(maps[0], image.shape), names[0]
 
     def conclude(self, lesion_map, names, embedding, warnings=()):
-        """Turn the finders' answer into a finding: boxes, outlines, diagnosis.
+        """Turn the detectors' answer into a finding: boxes, outlines, diagnosis.
 
         Args:
             lesion_map: float32 (H, W), probability of lesion.
@@ -141,8 +142,8 @@ class Pipeline:
         masks, probability = trace(self.segmenter, embedding, lesion_map, boxes)
         union = np.any([np.zeros(lesion_map.shape, bool), *masks], axis=0)
         measures = diagnosis.measure(names, lesion_map, union)
-        probabilities = self.judge.predict(measures[None])
-        possible = self.judge.possible(probabilities, COVERAGE)[0]
+        probabilities = self.classifier.predict(measures[None])
+        possible = self.classifier.possible(probabilities, COVERAGE)[0]
         if probabilities[0][data.LABELS.index("normal")] > self.rules.normal:
             masks, boxes = [], np.zeros((0, 4), np.float32)
         return Finding(
@@ -158,7 +159,7 @@ class Pipeline:
 
     def with_segmenter(self, segmenter):
         """Return the same pipeline around another decoder of the same frozen encoder."""
-        return Pipeline(segmenter, self.finders, self.judge, self.rules, self.card)
+        return Pipeline(segmenter, self.detectors, self.classifier, self.rules, self.card)
 
     @property
     def trained(self):
@@ -174,7 +175,7 @@ class Pipeline:
             raise ValueError(
                 f"this pipeline was trained on {len(known)} of these {len(rows)} images, such as "
                 f"{known[0]!r}; take its test fold, {self.card['test_fold']}, or train another with "
-                "helpers.crossfit.fit"
+                "helpers.train.fit"
             )
 
     def report(self, image, finding=None):
@@ -192,24 +193,25 @@ class Pipeline:
         return plots.report(image, finding or self.segment(image))
 
     def save(self, folder):
-        """Write finders, rules and diagnosis so that `load(folder)` gives this pipeline again."""
+        """Write detectors, rules and diagnosis so that `load(folder)` gives this pipeline again."""
         folder = Path(folder)
-        for number, member in enumerate(self.finders):
-            finder.save(member, folder / f"finder-{number}.safetensors", torch.float16)
+        for number, member in enumerate(self.detectors):
+            detector.save(member, folder / f"detector-{number}.safetensors", torch.float16)
         settings = {
             "version": VERSION,
             "segmenter": self.segmenter.checkpoint,
-            "finders": len(self.finders),
+            "detectors": len(self.detectors),
             "rules": dataclasses.asdict(self.rules),
             "measures": diagnosis.MEASURES,
-            "weights": self.judge.weights.tolist(),
-            "bias": self.judge.bias.tolist(),
-            "doubts": {
-                name: np.round(part, 5).tolist() for name, part in self.judge.doubts.items()
+            "weights": self.classifier.weights.tolist(),
+            "bias": self.classifier.bias.tolist(),
+            "nonconformity": {
+                name: np.round(part, 5).tolist()
+                for name, part in self.classifier.nonconformity.items()
             },
             "card": self.card,
         }
-        data.write_whole(folder / SETTINGS, f"{json.dumps(settings, indent=1)}\n".encode())
+        cache.write(folder / SETTINGS, f"{json.dumps(settings, indent=1)}\n".encode())
 
 
 def load(folder=None, device=None, precision="auto"):
@@ -237,17 +239,19 @@ def load(folder=None, device=None, precision="auto"):
     if found != (VERSION, list(diagnosis.MEASURES)):
         raise ValueError(
             f"the pipeline in {str(folder)!r} is of version {found[0]}, this package reads {VERSION}; "
-            "train it again with helpers.crossfit.fit, or install the package that wrote it"
+            "train it again with helpers.train.fit, or install the package that wrote it"
         )
-    doubts = {name: np.array(part) for name, part in settings["doubts"].items()}
-    judge = diagnosis.Diagnosis(np.array(settings["weights"]), np.array(settings["bias"]), doubts)
-    finders = [
-        finder.load(folder / f"finder-{number}.safetensors")
-        for number in range(settings["finders"])
+    nonconformity = {name: np.array(part) for name, part in settings["nonconformity"].items()}
+    classifier = diagnosis.Diagnosis(
+        np.array(settings["weights"]), np.array(settings["bias"]), nonconformity
+    )
+    detectors = [
+        detector.load(folder / f"detector-{number}.safetensors")
+        for number in range(settings["detectors"])
     ]
     segmenter = sam.load(settings["segmenter"], device, precision)
     rules = Rules(**settings["rules"])
-    return Pipeline(segmenter, finders, judge, rules, settings["card"])
+    return Pipeline(segmenter, detectors, classifier, rules, settings["card"])
 
 
 def enlarge(lesion_map, shape):
@@ -302,7 +306,7 @@ def trace(segmenter, embedding, lesion_map, boxes):
     for box in boxes:
         inside = (segmenter.predict(embedding, box) + lesion_map) / 2
         probability = np.maximum(probability, inside)
-        mask = data.drop_specks(inside > 0.5)
+        mask = images.drop_specks(inside > 0.5)
         if not mask.any():
             mask = inside > 0.5 * inside.max()
         masks.append(mask)
@@ -334,7 +338,7 @@ def _files(paths):
             yield path
             continue
         for found in sorted(path.iterdir()):
-            if found.suffix.lower() in frames.SUFFIXES:
+            if found.suffix.lower() in images.SUFFIXES:
                 yield found
 
 
@@ -351,14 +355,14 @@ def run_folder(pipeline, files, out, frame=None):
         pipeline: Pipeline.
         files: iterable of paths.
         out: folder; it is made.
-        frame: as for `helpers.frames.read`.
+        frame: as for `helpers.images.read`.
 
     Returns:
         int: 1 where a file failed, else 0.
     """
     files, bad, used = list(files), [], set()
     if not files:
-        raise FileNotFoundError(f"no file ends in {', '.join(frames.SUFFIXES)}")
+        raise FileNotFoundError(f"no file ends in {', '.join(images.SUFFIXES)}")
     for name in ("masks", "overlays"):
         (out / name).mkdir(parents=True, exist_ok=True)
     table = out / "findings.csv"
@@ -368,7 +372,7 @@ def run_folder(pipeline, files, out, frame=None):
         lines.writeheader()
         for path in tqdm(files, unit="image", file=sys.stdout):
             try:
-                image = frames.read(path, frame)
+                image = images.read(path, frame)
                 finding = pipeline.segment(image)
                 name = _unused(path, used)
                 _write(out / "masks" / name, finding.mask.astype(np.uint8) * 255)
@@ -398,7 +402,7 @@ def _unused(path, used):
 def _write(path, pixels):
     memory = io.BytesIO()
     Image.fromarray(pixels).save(memory, "PNG")
-    data.write_whole(path, memory.getvalue())
+    cache.write(path, memory.getvalue())
 
 
 def summary(finding):
@@ -423,7 +427,3 @@ def overlay(image, finding):
         lines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(drawn, lines, -1, (255, 200, 0), thick)
     return drawn
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """From the image and the predicted outline to calibrated probabilities, and "uncertain" where due.
 
-A finder's class probabilities and what its outline measures go into a logistic regression, fitted on
-images that the finder did not learn from: so it is calibrated. Conformal prediction then says which
+A detector's class probabilities and what its outline measures go into a logistic regression, fitted on
+images that the detector did not learn from: so it is calibrated. Conformal prediction then says which
 classes can't be ruled out: V. Vovk et al., "Algorithmic Learning in a Random World", Springer 2005,
 with crepes: H. Boström, COPA 2022 (PMLR 179).
 """
@@ -31,7 +31,7 @@ def measure(names, lesion_map, mask):
     """Turn an answer into numbers that a logistic regression can weigh.
 
     Args:
-        names: (3,) class probabilities of the finders, in the order of `helpers.data.LABELS`.
+        names: (3,) class probabilities of the detectors, in the order of `helpers.data.LABELS`.
         lesion_map: float (H, W), probability of lesion.
         mask: bool (H, W), the outline that was made of it; may be empty.
 
@@ -88,13 +88,13 @@ class Diagnosis:
     Attributes:
         weights: float (3, len(MEASURES)), one row per class of `helpers.data.LABELS`.
         bias: float (3,).
-        doubts: dict from class to the nonconformity (1 - probability of the true class) of each
+        nonconformity: dict from class to the nonconformity (1 - probability of the true class) of each
             calibration image of that class, given by fits that did not see it.
     """
 
     weights: np.ndarray
     bias: np.ndarray
-    doubts: dict
+    nonconformity: dict
 
     def predict(self, measures):
         """Return float (N, 3): probabilities for measures (N, len(MEASURES))."""
@@ -121,9 +121,9 @@ class Diagnosis:
             raise ValueError(f"coverage is {coverage}; it must lie between 0 and 1, such as 0.9")
         kept = []
         for column, label in enumerate(data.LABELS):
-            judge = ConformalClassifier().fit(np.asarray(self.doubts[label]))
-            doubts = 1 - np.asarray(probabilities)[:, [column]]
-            kept.append(judge.predict_p(doubts, smoothing=False)[:, 0] >= 1 - coverage)
+            classifier = ConformalClassifier().fit(np.asarray(self.nonconformity[label]))
+            nonconformity = 1 - np.asarray(probabilities)[:, [column]]
+            kept.append(classifier.predict_p(nonconformity, smoothing=False)[:, 0] >= 1 - coverage)
         return np.stack(kept, axis=1)
 
 
@@ -131,7 +131,7 @@ def fit(measures, rows, seed=0):
     """Fit a diagnosis on out-of-fold answers.
 
     Args:
-        measures: float (N, len(MEASURES)), each from a finder that did not learn from the image.
+        measures: float (N, len(MEASURES)), each from a detector that did not learn from the image.
         rows: the N rows of an index.
         seed: of the deal of the groups.
 
@@ -152,17 +152,17 @@ def fit(measures, rows, seed=0):
     if groups.min() < 2:
         raise ValueError(f"a diagnosis needs 2 groups of each class; there are {groups.to_dict()}")
     truth = np.array([data.LABELS.index(label) for label in rows.label])
-    judge = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000))
     dealer = StratifiedGroupKFold(min(5, groups.min()), shuffle=True, random_state=seed)
     held_out = cross_val_predict(
-        judge, measures, truth, groups=rows.group, cv=dealer, method="predict_proba"
+        classifier, measures, truth, groups=rows.group, cv=dealer, method="predict_proba"
     )
-    judge.fit(measures, truth)
-    scaler, logistic = judge[0], judge[-1]
+    classifier.fit(measures, truth)
+    scaler, logistic = classifier[0], classifier[-1]
     weights = logistic.coef_ / scaler.scale_
-    doubts = {
+    nonconformity = {
         label: np.sort(1 - held_out[truth == column, column])
         for column, label in enumerate(data.LABELS)
     }
     bias = logistic.intercept_ - weights @ scaler.mean_
-    return Diagnosis(weights, bias, doubts), held_out
+    return Diagnosis(weights, bias, nonconformity), held_out

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from helpers import data, degrade, metrics, results
+from helpers import data, metrics, results
+from helpers.pipeline import robustness
 
 CAUSES = {
     "missed": "nothing is outlined",
@@ -45,7 +46,7 @@ def masks(findings):
 
 
 def maps(findings):
-    """Return a dict from image_id to bool (H, W): what the finders alone outline."""
+    """Return a dict from image_id to bool (H, W): what the detectors alone outline."""
     return {name: finding.lesion_map > 0.5 for name, finding in findings.items()}
 
 
@@ -182,13 +183,13 @@ def _cause(row, mask):
     return "border"
 
 
-def degraded(pipeline, rows, kinds=tuple(degrade.KINDS), levels=degrade.LEVELS):
+def degraded(pipeline, rows, kinds=tuple(robustness.KINDS), levels=robustness.LEVELS):
     """Score a pipeline on frames as another scanner would show them.
 
     Args:
         pipeline: helpers.pipeline.Pipeline.
         rows: rows of an index.
-        kinds, levels: as for `helpers.degrade.apply`.
+        kinds, levels: as for `helpers.robustness.apply`.
 
     Returns:
         DataFrame, one row per image, kind and level: `image_id`, `label`, `group`, `kind`, `level`,
@@ -200,7 +201,7 @@ def degraded(pipeline, rows, kinds=tuple(degrade.KINDS), levels=degrade.LEVELS):
         untouched = None
         for kind in kinds:
             for level in levels:
-                frame, mask = degrade.apply(image, truth, kind, level, row.image_id)
+                frame, mask = robustness.apply(image, truth, kind, level, row.image_id)
                 finding = untouched if level == 0 else None
                 finding = finding or pipeline.segment(frame)
                 untouched = finding if level == 0 else untouched

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from helpers import crossfit, data, embeddings, finder, pipeline, sam
+from helpers import data, pipeline, sam
+from helpers.pipeline import detector, train
+from helpers.sam import embeddings
 
 TINY = {"epochs": 2, "batch_size": 4, "size": 64, "depth": 8, "phantoms": 0}
 
@@ -10,14 +12,14 @@ TINY = {"epochs": 2, "batch_size": 4, "size": 64, "depth": 8, "phantoms": 0}
 def parts(index, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crossfit")
     segmenter, rows = sam.load("tiny", "cpu"), data.split(index)
-    material = finder.prepare(segmenter, rows, folder, views=1, size=64)
+    material = detector.prepare(segmenter, rows, folder, views=1, size=64)
     return segmenter, material, embeddings.embed_rows(segmenter, rows, folder), folder
 
 
 @pytest.fixture(scope="module")
 def fitted(parts):
     segmenter, material, found, folder = parts
-    return crossfit.fit(segmenter, material, found, 0, folder, **TINY)
+    return train.fit(segmenter, material, found, 0, folder, **TINY)
 
 
 def test_each_image_is_answered_by_the_finder_that_had_not_seen_it(parts, fitted, monkeypatch):
@@ -25,26 +27,26 @@ def test_each_image_is_answered_by_the_finder_that_had_not_seen_it(parts, fitted
     built, answered, history = fitted
     rows = material.rows
     assert list(answered.image_id) == list(rows.image_id[rows.fold != 0])
-    assert len(built.finders) == 4
+    assert len(built.detectors) == 4
     assert sorted(history.held_out.unique()) == [1, 2, 3, 4]
     learnt, asked = [], []
-    fit, predict = finder.fit, finder.predict
+    fit, predict = detector.fit, detector.predict
 
-    def watched_fit(material, picked, *others, **choices):
+    def watched_fit(material, picked, *others, **config):
         learnt.append(set(material.rows.fold.iloc[picked]))
-        return fit(material, picked, *others, **choices)
+        return fit(material, picked, *others, **config)
 
-    def watched_predict(finders, pixels, features):
+    def watched_predict(detectors, pixels, features):
         where = [
             next(k for k in range(len(rows)) if (material.pixels[0, k] == one).all())
             for one in pixels
         ]
         asked.append(set(rows.fold.iloc[where]))
-        return predict(finders, pixels, features)
+        return predict(detectors, pixels, features)
 
-    monkeypatch.setattr(finder, "fit", watched_fit)
-    monkeypatch.setattr(finder, "predict", watched_predict)
-    crossfit.fit(parts[0], material, found, 0, folder, **TINY)
+    monkeypatch.setattr(detector, "fit", watched_fit)
+    monkeypatch.setattr(detector, "predict", watched_predict)
+    train.fit(parts[0], material, found, 0, folder, **TINY)
     assert learnt == [{2, 3, 4}, {1, 3, 4}, {1, 2, 4}, {1, 2, 3}]
     assert asked == [{1}, {2}, {3}, {4}]
 
@@ -60,15 +62,15 @@ def test_the_test_fold_plays_no_part(parts, fitted, tmp_path):
     )
     spoilt.pixels[:, held_out] = 3
     spoilt.lesions[:, held_out] = 255
-    again, answered, _ = crossfit.fit(segmenter, spoilt, found, 0, tmp_path, **TINY)
+    again, answered, _ = train.fit(segmenter, spoilt, found, 0, tmp_path, **TINY)
     assert again.rules == fitted[0].rules
-    np.testing.assert_array_equal(again.judge.weights, fitted[0].judge.weights)
+    np.testing.assert_array_equal(again.classifier.weights, fitted[0].classifier.weights)
     assert answered.equals(fitted[1])
 
 
 def test_two_test_folds_share_the_finders_that_saw_neither(parts, fitted, capsys):
     segmenter, material, found, folder = parts
-    crossfit.fit(segmenter, material, found, 1, folder, **TINY)
+    train.fit(segmenter, material, found, 1, folder, **TINY)
     assert capsys.readouterr().out.count("finished before") == 1
 
 
@@ -79,25 +81,25 @@ def test_the_rule_with_the_highest_dice_is_kept(parts):
     answers = {}
     for row in rows.itertuples():
         truth = data.read_truth(row).astype(np.float32)
-        answers[row.image_id] = (finder.cv2.resize(truth, (64, 64)) * 0.44, np.full(3, 1 / 3))
+        answers[row.image_id] = (detector.cv2.resize(truth, (64, 64)) * 0.44, np.full(3, 1 / 3))
         answers[row.image_id][0][:4, :4] = 0.99
-    rules, tried = crossfit.choose_rules(segmenter, rows, answers, found)
+    rules, tried = train.choose_rules(segmenter, rows, answers, found)
     best = tried.groupby("rule").dice.max()
     assert rules.threshold < 0.44
     assert best["grow"] >= best["threshold"]
-    assert set(tried.rule) == set(crossfit.TRIED)
+    assert set(tried.rule) == set(train.TRIED)
 
 
 def test_the_level_of_normal_weighs_alarms_against_misses():
     labels = np.array(["normal"] * 4 + ["benign"] * 4)
     dice = np.array([0.0] * 4 + [0.9] * 4)
     normal = np.array([0.8, 0.72, 0.75, 0.3, 0.1, 0.5, 0.65, 0.6])
-    level = crossfit.choose_normal(labels, dice, normal)
+    level = train.choose_normal(labels, dice, normal)
     assert 0.65 <= level < 0.72
-    worthless = crossfit.choose_normal(labels, np.zeros(8), normal)
+    worthless = train.choose_normal(labels, np.zeros(8), normal)
     assert worthless < 0.3  # outlines that are worth nothing cost only alarms
     both = np.array(["normal", "benign"]), np.array([0.0, 0.6]), np.array([0.52, 0.52])
-    assert crossfit.choose_normal(*both) > 0.5  # a good outline outweighs one alarm
+    assert train.choose_normal(*both) > 0.5  # a good outline outweighs one alarm
 
 
 def test_the_card_says_what_it_was_trained_on(parts, fitted):
@@ -111,7 +113,7 @@ def test_the_card_says_what_it_was_trained_on(parts, fitted):
 
 def test_the_model_card_states_the_figures_of_the_card(parts, fitted):
     built = fitted[0]
-    text = crossfit.model_card(built, parts[1].rows)
+    text = train.model_card(built, parts[1].rows)
     card = built.card
     assert f"{card['training_images']} images of synthetic" in text
     assert card["training_signature"] in text

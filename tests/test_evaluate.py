@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import data, degrade, findings, metrics, pipeline
+from helpers import data, metrics, pipeline
+from helpers.pipeline import evaluate, robustness
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +48,14 @@ class Echo:
 
 
 def test_rows_become_findings_and_masks(rows):
-    answers = findings.of_rows(Echo(), rows)
+    answers = evaluate.of_rows(Echo(), rows)
     assert list(answers) == list(rows.image_id)
     name, path = rows.image_id.iloc[0], rows.image_path.iloc[0]
     image = data.read_image(path)
     expected = image.mean(axis=2) > image.max() / 2
-    np.testing.assert_array_equal(findings.masks(answers)[name], expected)
-    np.testing.assert_array_equal(findings.maps(answers)[name], expected)
-    assert findings.probabilities(answers).tolist() == [[0.1, 0.7, 0.2]] * len(rows)
+    np.testing.assert_array_equal(evaluate.masks(answers)[name], expected)
+    np.testing.assert_array_equal(evaluate.maps(answers)[name], expected)
+    assert evaluate.probabilities(answers).tolist() == [[0.1, 0.7, 0.2]] * len(rows)
 
 
 def test_lesions_found_and_alarms_are_counted_one_by_one(index):
@@ -71,31 +72,31 @@ def test_lesions_found_and_alarms_are_counted_one_by_one(index):
         ([corner], 0, 1),
         ([], 0, 0),
     ):
-        counted = findings.detection(row, {name: found(masks, nothing)})
+        counted = evaluate.detection(row, {name: found(masks, nothing)})
         assert (counted.found[0], counted.false_alarms[0]) == (hits, alarms)
 
 
 def test_what_no_image_can_tell_is_left_out_of_the_sum(rows, perfect):
-    everything = metrics.detection_summary(findings.detection(rows, perfect))
+    everything = metrics.detection_summary(evaluate.detection(rows, perfect))
     assert everything["sensitivity"] == 1
     assert everything["false_alarms_per_normal_image"] == 0
-    only = metrics.detection_summary(findings.detection(data.lesions(rows), perfect))
+    only = metrics.detection_summary(evaluate.detection(data.lesions(rows), perfect))
     assert set(only) == {"sensitivity", "false_alarms_per_lesion_image"}
 
 
 def test_the_surest_come_first(rows, perfect):
-    scores = metrics.score(rows, findings.masks(perfect), surface=False)
+    scores = metrics.score(rows, evaluate.masks(perfect), surface=False)
     lesions = data.lesions(rows)
     answers = {
         name: found(finding.masks, finding.probability, confidence=[0.5 + number / 100])
         for number, (name, finding) in enumerate(perfect.items())
     }
-    table = findings.confidence(scores.assign(dice=np.arange(len(scores)) / 10), answers)
+    table = evaluate.confidence(scores.assign(dice=np.arange(len(scores)) / 10), answers)
     assert list(table.image_id) == list(lesions.image_id[::-1])
     assert table.kept.iloc[-1] == 1
     assert table.mean_dice.iloc[-1] == pytest.approx(table.dice.mean())
     nothing = {name: found([], finding.probability) for name, finding in perfect.items()}
-    assert (findings.confidence(scores, nothing).expected == 0).all()
+    assert (evaluate.confidence(scores, nothing).expected == 0).all()
 
 
 def test_decisions_count_what_is_covered_decided_and_right(rows, perfect):
@@ -104,7 +105,7 @@ def test_decisions_count_what_is_covered_decided_and_right(rows, perfect):
         name: found([], finding.probability, possible)
         for (name, finding), possible in zip(perfect.items(), kept)
     }
-    table = findings.decisions(rows, answers).set_index("class")
+    table = evaluate.decisions(rows, answers).set_index("class")
     assert table.loc["benign", ["covered", "decided", "right"]].tolist() == [2 / 3, 1 / 3, 1]
     assert table.loc["normal", ["covered", "decided", "right"]].tolist() == [0, 1 / 3, 0]
     assert table.loc["all", "decided"] == pytest.approx(1 / 3)
@@ -123,13 +124,13 @@ def test_each_failure_has_its_first_cause(rows, perfect):
         name: found(masks, truth.astype(np.float32))
         for name, masks, truth in zip(lesions.image_id, outlined, truths)
     }
-    scores = metrics.score(lesions, findings.masks(answers), surface=False)
-    failed = findings.failures(lesions, answers, scores).set_index("image_id")
+    scores = metrics.score(lesions, evaluate.masks(answers), surface=False)
+    failed = evaluate.failures(lesions, answers, scores).set_index("image_id")
     causes = failed.cause.reindex(lesions.image_id).tolist()
     assert causes[:2] == ["missed", "wrong structure"]
     assert causes[2] in ("border", "wrong structure")
-    assert set(causes) <= set(findings.CAUSES)
-    assert findings.failures(lesions, perfect, scores.assign(dice=0.9)).empty
+    assert set(causes) <= set(evaluate.CAUSES)
+    assert evaluate.failures(lesions, perfect, scores.assign(dice=0.9)).empty
 
 
 def _parts(mask):
@@ -145,20 +146,20 @@ def test_degraded_frames_are_scored_and_the_untouched_one_only_once(rows):
             return super().segment(image)
 
     lesions = data.lesions(rows).head(2)
-    table = findings.degraded(Counting(), lesions, kinds=("gain", "blur"), levels=(0, 4))
+    table = evaluate.degraded(Counting(), lesions, kinds=("gain", "blur"), levels=(0, 4))
     assert len(table) == 2 * 2 * 2
     assert len(asked) == 2 * (1 + 2)
     assert table[table.level == 0].groupby("image_id").dice.nunique().eq(1).all()
-    assert set(table.kind) == {"gain", "blur"} <= set(degrade.KINDS)
-    means = findings.by(table, "level")
+    assert set(table.kind) == {"gain", "blur"} <= set(robustness.KINDS)
+    means = evaluate.by(table, "level")
     assert means.images.tolist() == [4, 4]
     assert (means.low <= means.dice).all()
     assert (means.dice <= means.high).all()
 
 
 def test_records_hold_outlines_classes_and_what_was_found(rows, perfect, tmp_path):
-    scores = metrics.score(rows, findings.masks(perfect))
-    outlines, classes = findings.record(Echo(), rows, perfect, scores, 1.5, seed=0, path=tmp_path)
+    scores = metrics.score(rows, evaluate.masks(perfect))
+    outlines, classes = evaluate.record(Echo(), rows, perfect, scores, 1.5, seed=0, path=tmp_path)
     first, second = (json.loads(path.read_text()) for path in (outlines, classes))
     assert first["prompt"] == "predicted box"
     assert first["details"]["detection"]["sensitivity"] == 1

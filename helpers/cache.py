@@ -1,0 +1,107 @@
+"""The ground floor: where results of long work are kept, how they are named, and how files are written.
+
+A run (a training, a set of embeddings) lies in `<folder>/<kind>/<key>`, where the key is a hash of all
+that its numbers depend on. So nothing in the cache can be out of date, and the folder may be deleted at
+any time.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+
+def folder(path: str | Path = "") -> Path:
+    """Return the cache folder: `path`, else ours in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if path:
+        return Path(path).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "breast-ultrasound-notebooks"
+
+
+@contextlib.contextmanager
+def atomic(target: str | Path) -> Iterator[Path]:
+    """Give a path to write to; what lies there afterwards becomes `target`, whole or not at all.
+
+    The path ends like `target`, so that a library which looks at the suffix writes the right format.
+
+    Raises:
+        OSError: the file can't be written; what stood there before is untouched.
+    """
+    target = Path(target)
+    scratch = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, target)
+    except OSError as error:
+        raise OSError(
+            f"{target} could not be written ({error.strerror or error}); make room or choose another "
+            "folder. What stood there before is untouched"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+
+def write(target: str | Path, content: bytes | str) -> None:
+    """Write bytes, or text as UTF-8, to a file that appears whole or not at all: see `atomic`."""
+    with atomic(target) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def key(*parts) -> str:
+    """Return 16 hexadecimal digits that name `parts`: anything JSON can hold, bytes and dataclasses."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(
+            part if isinstance(part, bytes) else json.dumps(part, default=_plain).encode()
+        )
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training in the cache. Its table `history.csv` is written last: where it lies, the run is done.
+
+    Attributes:
+        folder: of the run.
+    """
+
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was finished before; says so in print."""
+        done = (self.folder / "history.csv").exists()
+        if done:
+            print(f"this run was finished before; it is read from {self.folder}")
+        return done
+
+    def finish(self, history) -> None:
+        """Write the history, a list of dicts or a DataFrame: the run is done."""
+        write(self.folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
+
+    def history(self) -> pd.DataFrame:
+        """Read the history of a finished run."""
+        return pd.read_csv(self.folder / "history.csv")
+
+
+def run(kind: str, *parts, path: str | Path = "") -> Run:
+    """Return the run of a kind that `parts` name, all that its numbers depend on, in the cache at `path`."""
+    return Run(folder(path) / kind / key(*parts))
