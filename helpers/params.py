@@ -1,5 +1,6 @@
-"""Notebook settings that the environment can override: `EPOCHS = param("EPOCHS", 20)`."""
+"""Settings: of notebooks, which the environment can override, and of configs, which have limits."""
 
+import dataclasses
 import difflib
 import os
 
@@ -91,3 +92,45 @@ def _parse(text, kind):
 def _suggest(name, prefix=""):
     close = difflib.get_close_matches(name, SETTINGS, n=1)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def limited(default, *, options=None, at_least=None, above=None, below=None, multiple_of=None):
+    """Return a dataclass field with limits, which `check` holds its value to.
+
+    Args:
+        default: of the field. A tuple's values are checked one by one, None is always allowed.
+        options: the only values allowed.
+        at_least, above, below: numbers that bound the value.
+        multiple_of: a whole number that divides the value.
+    """
+    limits = {"options": options, "at_least": at_least, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata=limits | {"multiple_of": multiple_of})
+
+
+def check(config):
+    """Hold a dataclass to the limits of its `limited` fields: for `__post_init__`.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if one is not None and field.metadata:
+                _hold(field.name, one, **field.metadata)
+
+
+def _hold(name, value, options, at_least, above, below, multiple_of):
+    if options is not None:
+        if value not in options:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, options))}")
+        return
+    rules = [
+        (at_least, at_least is None or value >= at_least, f"{at_least} or more"),
+        (above, above is None or value > above, f"above {above}"),
+        (below, below is None or value < below, f"below {below}"),
+        (multiple_of, not multiple_of or value % multiple_of == 0, f"a multiple of {multiple_of}"),
+    ]
+    if not all(held for _, held, _ in rules):
+        allowed = ", and ".join(text for limit, _, text in rules if limit is not None)
+        raise ValueError(f"{name} is {value}; it must be {allowed}")

@@ -1,9 +1,10 @@
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from helpers.params import SETTINGS, param
+from helpers.params import SETTINGS, check, limited, param
 
 NOTEBOOKS = sorted(Path(__file__).parent.parent.glob("notebooks/*.ipynb"))
 
@@ -71,3 +72,36 @@ def test_every_word_for_yes_and_no(monkeypatch, text):
     expected = text.lower() in ("1", "true", "yes")
     monkeypatch.setenv("NB_DRAW", text)
     assert param("DRAW", not expected) is expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    loss: str = limited("dice", options=("dice", "mse"))
+    epochs: int = limited(3, at_least=1)
+    rate: float | None = limited(None, above=0)
+    dropout: tuple = limited((0.2, 0.1), at_least=0, below=1)
+    size: int = limited(64, at_least=64, multiple_of=32)
+    free: str = ""
+
+    def __post_init__(self):
+        check(self)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss": "l1"}, "loss 'l1' is none of dice, mse"),
+        ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
+        ({"rate": 0.0}, "rate is 0.0; it must be above 0"),
+        ({"dropout": (0.5, 1)}, "dropout is 1; it must be 0 or more, and below 1"),
+        ({"size": 100}, "size is 100; it must be 64 or more, and a multiple of 32"),
+        ({"size": 32}, "size is 32; it must be 64 or more, and a multiple of 32"),
+    ],
+)
+def test_a_config_is_held_to_its_limits(wrong, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Config(**wrong)
+
+
+def test_a_config_within_its_limits_passes():
+    assert Config(loss="mse", rate=0.1, dropout=(0, 0), size=96).size == 96

@@ -47,7 +47,7 @@ def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
     names = ("results", "classes", "published", "leakage", "folds", "tricks", "tuned")
     readme.write_text("before\n" + "between\n".join(map(block.format, names)) + "after\n")
-    (tmp_path / "results/tricks.csv").write_text(
+    (tmp_path / "results/ablation.csv").write_text(
         "trick,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
         "nothing,,0.9,0.8,0.7,0.6\nmagic,12,0.91,0.81,0.71,0.61\n"
     )

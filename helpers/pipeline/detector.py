@@ -537,8 +537,6 @@ def load(path):
             f"{path} does not exist; helpers.detector.fit and save write such files"
         ) from None
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} holds no LesionDetector: {error}"
-        ) from error
+        raise ValueError(f"{path} holds no LesionDetector: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return detector.to(device, memory_format=torch.channels_last).eval()
