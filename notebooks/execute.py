@@ -1,4 +1,4 @@
-"""Execute the notebooks in order: `python -m helpers.run`, which is `make run`.
+"""Execute the notebooks in order: `python notebooks/execute.py`, which is `make run`.
 
 Leaves an executed copy and an HTML page of each notebook in `executed/`, and `index.html` that lists
 them. A notebook that fails is kept up to its error and listed as failed; the others still run.
@@ -10,14 +10,20 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import nbformat
+import zmq
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
+from traitlets import default
 from traitlets.config import Config
+
+from helpers import cache
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -53,14 +59,15 @@ def main(arguments=None):
     notebooks = options.notebooks or sorted(Path("notebooks").glob("*.ipynb"))
     if not notebooks:
         parser.error("no notebook in notebooks/; run this from the repository's root")
-    options.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("NB_DRAW", "no")  # nobody is there to draw
     # results/ holds what is committed; a run writes there only when told to.
     os.environ.setdefault("NB_RESULTS", str((options.out / "results").absolute()))
     rows = []
     for path in notebooks:
         rows.append(execute(path, options.out))
-        write_page(rows, options.out)
+        listed = "\n".join(ROW.format(**row) for row in rows)
+        page = PAGE.format(when=time.strftime("%Y-%m-%d %H:%M"), rows=listed)
+        cache.write(options.out / "index.html", page)
     failed = [row["stem"] for row in rows if row["outcome"] == "failed"]
     print(f"\n{options.out / 'index.html'} lists {len(rows)} notebooks", end="")
     print(f"; failed: {', '.join(failed)}" if failed else ", all ran through")
@@ -68,50 +75,54 @@ def main(arguments=None):
 
 
 def execute(path, out):
-    """Execute one notebook; write its copy and its page.
-
-    Args:
-        path: of the notebook.
-        out: folder for `<stem>.ipynb` and `<stem>.html`.
-
-    Returns:
-        dict for `ROW`.
-    """
+    """Execute the notebook at `path`, write its copy and its page to `out`; return a dict for `ROW`."""
     notebook = nbformat.read(path, as_version=4)
     opening = notebook.cells[0].source if notebook.cells else ""
     title = opening.partition("\n")[0].lstrip("# ") or path.stem
     takes = re.search(r"\*\*Takes\*\* ([^.]*)", opening)
     print(f"{title}: {takes[1] if takes else 'running'} ...", flush=True)
-    # Sockets in the file system: kernels warn of unencrypted TCP.
-    config = Config(KernelManager={"transport": "ipc"})
-    client = NotebookClient(
-        notebook, timeout=None, kernel_name="python3", coalesce_streams=True, config=config
-    )
-    start = time.perf_counter()
-    outcome = "ran through"
+    start, outcome = time.perf_counter(), "ran through"
     try:
-        client.execute(cwd=str(Path.cwd()))
-    except (CellExecutionError, DeadKernelError) as error:
-        outcome = "failed"  # a dead kernel most often ran out of memory
-        print(f"  failed: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        _run(notebook)
+    except Exception as error:  # of a cell, of a kernel that died (out of memory?) or never started
+        outcome = "failed"
+        lines = str(error).strip().splitlines() or [repr(error)]
+        print(f"  failed: {lines[-1]}", file=sys.stderr)
     minutes = (time.perf_counter() - start) / 60
-    nbformat.write(notebook, out / path.name)
-    (out / f"{path.stem}.html").write_text(_page_of(notebook))
+    exporter = HTMLExporter()
+    exporter.log.setLevel(logging.ERROR)  # it asks for alternative texts, which plots have none of
+    cache.write(out / path.name, nbformat.writes(notebook) + "\n")
+    cache.write(out / f"{path.stem}.html", exporter.from_notebook_node(notebook)[0])
     print(f"  {outcome} in {minutes:.1f} minutes", flush=True)
     return {"stem": path.stem, "title": html.escape(title), "outcome": outcome, "minutes": minutes}
 
 
-def _page_of(notebook):
-    exporter = HTMLExporter()
-    exporter.log.setLevel(logging.ERROR)  # it asks for alternative texts, which plots have none of
-    return exporter.from_notebook_node(notebook)[0]
+class Kernel(AsyncKernelManager):
+    """Runs this very Python, whatever kernel of the same name is installed or on JUPYTER_PATH."""
+
+    @default("kernel_spec_manager")
+    def _no_installed_kernels(self):
+        return KernelSpecManager(kernel_dirs=[])
 
 
-def write_page(rows, out):
-    """Write `index.html`, which lists the notebooks executed so far."""
-    listed = "\n".join(ROW.format(**row) for row in rows)
-    (out / "index.html").write_text(PAGE.format(when=time.strftime("%Y-%m-%d %H:%M"), rows=listed))
+def _run(notebook):
+    """Execute a notebook in place, by a kernel whose connection file and sockets no other run can meet."""
+    with tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True) as folder:
+        connection = {"connection_file": f"{folder}/k.json"}
+        # Sockets in the file system: kernels warn of unencrypted TCP. Their paths must be short.
+        if zmq.has("ipc") and len(f"{folder}/k-ipc-5") <= 100:
+            connection["transport"] = "ipc"
+        settings = {"config": Config(KernelManager=connection), "kernel_manager_class": Kernel}
+        client = NotebookClient(
+            notebook, timeout=None, kernel_name="python3", coalesce_streams=True, **settings
+        )
+        client.create_kernel_manager()
+        client.start_new_kernel(cwd=str(Path.cwd()))
+        client.start_new_kernel_client()  # of a kernel that is ready
+        client.execute(reset_kc=False)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a title may hold what the terminal can't show
     sys.exit(main())
