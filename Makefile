@@ -2,10 +2,10 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format pipeline table benchmark clean
+.PHONY: help run test test-fast lint format pipeline table benchmark clean
 
 help: ## list every target
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: .venv/installed ## execute the notebooks into executed/, with index.html: about 4 hours
 	@echo "Executing the notebooks into executed/: about 4 hours on 2 cores, and the download of BUSI"
@@ -15,9 +15,13 @@ test: .venv/installed ## test everything, each notebook included: about 6 minute
 	@echo "Testing helpers/ and every notebook on synthetic images: about 6 minutes on 2 cores"
 	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 
-lint: .venv/installed ## check style: seconds
+test-fast: .venv/installed ## test helpers/ without notebooks, Ray and kills: under a minute on 2 cores
+	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder -m "not slow" tests
+
+lint: .venv/installed ## check style and types: half a minute the first time, then seconds
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/mypy
 
 format: .venv/installed ## put code and notebooks into the house style
 	.venv/bin/ruff check --fix
@@ -38,8 +42,8 @@ benchmark: .venv/installed ## time embedding, fine-tuning, the U-Net's input, th
 	.venv/bin/python tests/benchmarks/search.py
 	.venv/bin/python tests/benchmarks/bulk.py
 
-clean: ## remove .venv and executed/
-	rm -rf .venv executed
+clean: ## remove .venv, executed/ and build/
+	rm -rf .venv executed build
 
 .venv/installed: requirements.txt requirements-scale.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; say make PYTHON=python3.12 ...")'

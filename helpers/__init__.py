@@ -1,36 +1,40 @@
-"""The mechanism behind the notebooks: breast-ultrasound lesions, outlined and named.
+"""The mechanism behind the notebooks: lesions in breast-ultrasound images, segmented and classified.
 
-Where to look:
+Lessons use the core:
 
 | module | what it holds |
 | --- | --- |
-| `params` | `param(name, default)`: a notebook setting, overridden by `NB_<NAME>` |
-| `data` | find BUSI, index it, read images and masks, the grouped split |
-| `synthetic` | a breast-ultrasound phantom in BUSI's own layout |
+| `params` | `param(name, default)`: a notebook setting, overridden by `NB_<NAME>`; limits of configs |
+| `data` | find BUSI and BUS-BRA, index them, read ground truth, the grouped split |
+| `images` | read an image, PNG, JPEG or DICOM, and say what makes it unfit |
+| `synthetic` | simulated images in BUSI's own layout |
+| `augment` | augmentation of an image with its mask: flip, rotation, zoom, gain |
 | `prompts` | from a mask to a box, box jitter, the ellipse that never looks at the image |
-| `augment` | views of an image with its mask: mirrored, turned, scaled, at another gain |
 | `sam` | SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, fine-tune, save |
-| `embeddings` | the disk cache of image embeddings |
-| `training` | what fine-tuning does: choices, the epoch loop, resuming |
 | `unet` | a U-Net in Keras: build, train, predict |
 | `vgg` | VGG-16: build, train, predict, explain |
-| `heads` | a lesion map and the class from cached embeddings |
-| `frames` | read any frame, PNG, JPEG or DICOM, and say what makes it unfit |
-| `detector` | find the lesion without a box: a lesion map and the class from pixels and embedding |
-| `diagnosis` | from the predicted outline to calibrated probabilities and "uncertain" |
-| `pipeline` | the parts together: `load()`, `.segment`, `.report`, and the command line |
-| `crossfit` | train a pipeline on the folds that are not the test fold |
-| `findings` | what a pipeline finds on an index, and how that is judged |
-| `degrade` | a frame as another scanner would show it |
-| `outline` | what the outline alone gives away about the class |
+| `training` | what all trainings in torch share: config, resume, best epoch, history |
+| `cache` | cache folder, atomic write, run key |
+| `quiet` | hold back the start-up notes of libraries |
 | `metrics` | segmentation and classification scores, a rule for every empty case, intervals |
-| `search` | hyper-parameters: many trainings with Ray Tune and Optuna, here or on a cluster |
-| `bulk` | a folder, a bucket or Parquet of images through a pipeline, here or on a cluster |
-| `cluster` | start Ray on this machine, or join a cluster |
-| `results` | one JSON per model and run: written, read, selected |
-| `tables` | what is made of them: the tables and the figure of README and notebook 06 |
-| `plots` | every figure of the notebooks |
-| `run` | `python -m helpers.run`: execute the notebooks, leave copies and a page |
+| `results` | one JSON per model and run: written, read, selected by key |
+| `tables` | what is made of them: the tables of notebook 06 and of the README |
+| `plots` | `overlay` and the other figures of the notebooks |
+
+The wings are for later; the core never imports from them:
+
+| wing | what it holds |
+| --- | --- |
+| `pipeline` | notebooks 07 and 08: `load()`, `.segment`, `.report`, and the command line |
+| `pipeline.detector` | lesion boxes and class probabilities without a prompt |
+| `pipeline.diagnosis` | from the predicted mask to calibrated probabilities and "uncertain" |
+| `pipeline.train` | train a pipeline on the folds that are not the test fold |
+| `pipeline.evaluate` | what a pipeline predicts for an index, and how that is scored |
+| `pipeline.robustness` | an image as another scanner would show it |
+| `scale` | notebook 09; needs `requirements-scale.txt` |
+| `scale.search` | hyper-parameters: many trainings with Ray Tune and Optuna |
+| `scale.bulk` | a folder, a bucket or Parquet of images through a pipeline |
+| `scale.ray_cluster` | start Ray on this machine, or join a cluster |
 
 Importing `helpers` loads neither torch nor tensorflow; each module loads what it needs.
 """

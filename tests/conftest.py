@@ -46,11 +46,14 @@ os.environ |= {
 
 # What takes longest comes first, so that all workers end together; last comes what reads the others' results.
 ORDER = ("09", "04", "05", "08", "07", "03", "02", "01", "test_search", "test_unet", "test_bulk")
-ORDER += ("test_training", "test_", "06")
+ORDER += ("test_finetune", "test_execute", "test_", "06")
+
+# What `make test-fast` leaves out besides the notebooks: files, and tests of a file.
+SLOW = ("test_search", "test_bulk", "test_execute", "test_wheel")
 
 
-class Dealing(LoadFileScheduling):
-    """Deals out files. One worker takes notebooks 04 and 05, which train the same U-Net."""
+class Scheduling(LoadFileScheduling):
+    """A file goes to one worker whole. One worker takes notebooks 04 and 05, which train the same U-Net."""
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)
@@ -58,15 +61,19 @@ class Dealing(LoadFileScheduling):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    return Dealing(config, log)
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    """Deal out in the order of `ORDER`."""
+    """Mark what is slow, and sort by `ORDER`."""
 
     def place(item):
         return next(k for k, start in enumerate(ORDER) if item.path.stem.startswith(start))
 
+    for item in items:
+        name = f"{item.path.stem}::{item.name.partition('[')[0]}"
+        if item.path.suffix == ".ipynb" or not {item.path.stem, name}.isdisjoint(SLOW):
+            item.add_marker("slow")
     items.sort(key=place)
 
 
