@@ -481,7 +481,7 @@ def comparison(results):
     prompts = [one for one in (*PROMPTS, *INPUTS) if (results.prompt == one).any()]
     panels = [results[results.prompt == prompt].sort_values("score") for prompt in prompts]
     heights = [len(panel) for panel in panels]
-    size = (8, 1 + 0.5 * sum(heights) + 0.5 * len(panels))
+    size = (9.5, 1 + 0.5 * sum(heights) + 0.5 * len(panels))
     layout = {"height_ratios": heights, "sharex": True, "squeeze": False, "layout": "constrained"}
     figure, cells = plt.subplots(len(panels), 1, figsize=size, **layout)
     for axes, prompt, panel in zip(cells.flat, prompts, panels):
@@ -494,7 +494,7 @@ def comparison(results):
             axes.annotate(f"{score:.3f}", (score, position), **near)
         axes.set_yticks(positions, panel["title"])
         axes.set_ylim(-0.6, len(panel) - 0.2)
-        origin = " (comes from the truth)" if prompt in FROM_THE_TRUTH else ""
+        origin = " (from the truth)" if prompt in FROM_THE_TRUTH else ""
         what = "segmentation, prompt" if prompt in PROMPTS else "classification, given"
         axes.set_title(f"{what}: {prompt}{origin}", fontsize=10, loc="left")
         axes.grid(axis="x", alpha=0.3)

@@ -163,7 +163,7 @@ def test_comparison_orders_panels_by_prompt_and_never_mixes_them(rows, scores, t
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [
         "segmentation, prompt: none",
-        "segmentation, prompt: ground-truth box (comes from the truth)",
+        "segmentation, prompt: ground-truth box (from the truth)",
     ]
 
 
