@@ -9,7 +9,7 @@ SCALE = 0.1  # share
 BRIGHTNESS, CONTRAST = 0.2, 0.2  # shares: the gain and the dynamic range of another scanner
 
 
-def view(image, mask, number, key, seed=0, strength=1.0):
+def augment(image, mask, number, key, seed=0, strength=1.0):
     """Return one of an image's views, the same for the same arguments.
 
     Args:
