@@ -40,7 +40,7 @@ class Config:
         shrink: cells of the embedding, per side, that are averaged into one.
         members: networks, each with a seed of its own, whose probabilities are averaged.
         balance: weigh each class by the inverse of its share in the loss; off did better on validation.
-        views: augmented views of each training image, as in `helpers.augment.view`; each step draws
+        views: augmented views of each training image, as in `helpers.augment.augment`; each step draws
             one. Each costs one pass of the encoder.
         average: decay of an exponential moving average of the weights, which is what is kept.
         seed: of the weights, the order, the draw of views and the dropout; the next member takes the
@@ -292,7 +292,7 @@ def _maps(rows, found, grid, view, seed):
     for row, stored in zip(rows.itertuples(), found):
         truth = data.read_truth(row)
         if view:
-            truth = augment.view(data.read_image(row.image_path), truth, view, row.image_id, seed)[
+            truth = augment.augment(data.read_image(row.image_path), truth, view, row.image_id, seed)[
                 1
             ]
         height, width = _extent(stored, grid)

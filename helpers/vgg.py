@@ -61,7 +61,7 @@ class Config:
         phantoms: synthetic images per class, where it starts from them.
         phantom_epochs: passes over them.
         activation: "relu", as published, "gelu", "silu" or "leaky_relu".
-        augment: another view of each image in every epoch, as in `helpers.augment.view`, of this
+        augment: another view of each image in every epoch, as in `helpers.augment.augment`, of this
             strength; 0 is none.
         loss: "ce" (cross entropy) or "focal" (T.-Y. Lin et al., ICCV 2017; MONAI's, gamma 2).
         balance: weigh each class by the inverse of its share in the loss.
@@ -216,9 +216,9 @@ def pictures(rows, size, masks=None):
 
 
 def views(row, size, numbers, seed=0):
-    """Return what training makes of one image: list of uint8 (size, size, 3), `helpers.augment.view`s."""
+    """Return what training makes of one image: list of uint8 (size, size, 3), `helpers.augment.augment`s."""
     image = pictures(row.to_frame().T, size)[0]
-    return [augment.view(image, None, number, row.image_id, seed)[0] for number in numbers]
+    return [augment.augment(image, None, number, row.image_id, seed)[0] for number in numbers]
 
 
 def fit(train, val, masks=None, folder="", report=None, **config):
@@ -395,7 +395,7 @@ class _Run:
             return image
         key = self.train_rows.image_id.iloc[position]
         strength = self.config.augment
-        return augment.view(image, None, epoch + 1, key, self.config.seed, strength)[0]
+        return augment.augment(image, None, epoch + 1, key, self.config.seed, strength)[0]
 
     def _read(self):
         path = self.folder / "state.pt"

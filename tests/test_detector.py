@@ -38,7 +38,7 @@ def test_material_is_what_the_views_show(material, segmenter, rows, folder):
     for view in range(2):
         found = embeddings.embed_rows(segmenter, rows, folder, view)
         for number, row in enumerate(rows.itertuples()):
-            image, truth = augment.view(
+            image, truth = augment.augment(
                 data.read_image(row.image_path), data.read_truth(row), view, row.image_id
             )
             pixels, features = detector.see(image, found[row.image_id], 64)

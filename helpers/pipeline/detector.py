@@ -48,7 +48,7 @@ class Config:
         depth: features of the deepest levels of the decoder.
         dropout: share of features dropped in the deepest level and before the class.
         smoothing: share of each label that is dealt over all classes.
-        views: cached views of each image, as in `helpers.augment.view`; each step draws one.
+        views: cached views of each image, as in `helpers.augment.augment`; each step draws one.
         zoom: largest further zoom and shift of a drawn view, as a share of its sides.
         intensity: largest change of gain, contrast and gamma of a drawn view's pixels.
         average: decay of an exponential moving average of the weights, which is what is kept.
@@ -240,7 +240,7 @@ def prepare(segmenter, rows, folder="", views=1, size=224, seed=0):
     for view in range(views):
         found = embeddings.embed_rows(segmenter, rows, folder, view, seed)
         for number, row in enumerate(rows.itertuples()):
-            image, truth = augment.view(
+            image, truth = augment.augment(
                 data.read_image(row.image_path), data.read_truth(row), view, row.image_id, seed
             )
             known = _cells(found[row.image_id], size)

@@ -66,7 +66,7 @@ class Config:
         schedule: a name of `transformers.get_scheduler`, such as "constant" or "cosine".
         jitter: pixels; in every epoch each side of a training box moves outwards by up to this, as
             in `helpers.prompts.jitter_box`. Validation boxes stay tight.
-        views: augmented views of each training image, as in `helpers.augment.view`; an epoch sees
+        views: augmented views of each training image, as in `helpers.augment.augment`; an epoch sees
             one of them, in turn. Each costs one pass of the encoder.
         parts: what trains: "mask decoder", "prompt encoder", and "lora" (low-rank adapters in the
             image encoder, which then runs in every step: for those with a GPU).
@@ -306,13 +306,13 @@ class _Run:
 
     def _example(self, row, view, stored):
         def pixels():
-            image = augment.view(data.read_image(row.image_path), None, view, row.image_id, seed)[0]
+            image = augment.augment(data.read_image(row.image_path), None, view, row.image_id, seed)[0]
             return preprocess([image], self.segmenter.preprocessing)[0][0]
 
         seed, truth = self.config.seed, data.read_truth(row)
         if view:
             image = data.read_image(row.image_path)
-            truth = augment.view(image, truth, view, row.image_id, seed)[1]
+            truth = augment.augment(image, truth, view, row.image_id, seed)[1]
         resized = (
             stored.resized if stored else input_shape(truth.shape, self.segmenter.preprocessing)
         )
