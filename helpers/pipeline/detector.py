@@ -97,27 +97,27 @@ class LesionDetector(nn.Module):
         import timm
 
         self.shape = {"channels": channels, "size": size, "depth": depth, "dropout": dropout}
-        self.down = timm.create_model(
+        self.encoder = timm.create_model(
             BACKBONE, features_only=True, in_chans=1, out_indices=(1, 2, 3), drop_path_rate=0.1
         )
-        self.down.blocks = self.down.blocks[:KEPT]
-        self.known = nn.Sequential(
+        self.encoder.blocks = self.encoder.blocks[:KEPT]
+        self.embedding_adapter = nn.Sequential(
             nn.Dropout2d(dropout / 2),
             nn.Conv2d(channels, 64, 1),
             nn.GroupNorm(8, 64),
             nn.SiLU(),
         )
-        beside = self.down.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4
+        channels_at = self.encoder.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4
         extra, widths = [0, 64, 0], [depth, 64, 32]
-        self.bottom = nn.Sequential(
-            _convolve(beside[0] + 64, depth), _Residual(depth), nn.Dropout2d(dropout)
+        self.bottleneck = nn.Sequential(
+            _conv_block(channels_at[0] + 64, depth), _ResidualBlock(depth), nn.Dropout2d(dropout)
         )
-        self.up = nn.ModuleList(
-            nn.Sequential(_convolve(below + level + more, width), _Residual(width))
-            for below, level, more, width in zip([depth, *widths], beside, extra, widths)
+        self.decoder = nn.ModuleList(
+            nn.Sequential(_conv_block(below + level + more, width), _ResidualBlock(width))
+            for below, level, more, width in zip([depth, *widths], channels_at, extra, widths)
         )
-        self.lesion = nn.Conv2d(widths[-1], 1, 1)
-        self.name = nn.Sequential(
+        self.lesion_head = nn.Conv2d(widths[-1], 1, 1)
+        self.class_head = nn.Sequential(
             nn.Dropout(dropout),
             nn.Linear(3 * 64 + depth + 2, 64),
             nn.SiLU(),
@@ -132,33 +132,33 @@ class LesionDetector(nn.Module):
             pixels: float (N, 1, size, size), 0 to 1.
             features: float (N, channels, size / 8, size / 8).
         """
-        known = self.known(features)
-        beside = self.down(3.5 * (pixels - 0.3))  # about mean 0 and deviation 1 for B-mode frames
-        x = torch.cat([F.max_pool2d(beside[-1], 2), F.avg_pool2d(known, 4)], 1)
-        x = self.bottom(x)
+        adapted = self.embedding_adapter(features)
+        skips = self.encoder(3.5 * (pixels - 0.3))  # about mean 0 and deviation 1 for B-mode frames
+        x = torch.cat([F.max_pool2d(skips[-1], 2), F.avg_pool2d(adapted, 4)], 1)
+        x = self.bottleneck(x)
         deep = x.mean((2, 3))
-        for level, up in enumerate(self.up):
-            parts = [F.interpolate(x, scale_factor=2), beside.pop()]
-            x = up(torch.cat([*parts, known] if level == 1 else parts, 1))
+        for level, block in enumerate(self.decoder):
+            parts = [F.interpolate(x, scale_factor=2), skips.pop()]
+            x = block(torch.cat([*parts, adapted] if level == 1 else parts, 1))
             if level == 1:
-                seen = x
-        lesion = self.lesion(x)
+                eighth = x
+        lesion = self.lesion_head(x)
         share = F.avg_pool2d(torch.sigmoid(lesion), GRID // COARSE)
         area = share.sum((2, 3))
         pooled = [
-            (seen * share).sum((2, 3)) / (area + 0.25),
-            (known * share).sum((2, 3)) / (area + 0.25),
-            seen.mean((2, 3)),
+            (eighth * share).sum((2, 3)) / (area + 0.25),
+            (adapted * share).sum((2, 3)) / (area + 0.25),
+            eighth.mean((2, 3)),
             deep,
             share.mean((2, 3)),
             lesion.amax((2, 3)) / 5,
         ]
-        return lesion, self.name(torch.cat(pooled, 1))
+        return lesion, self.class_head(torch.cat(pooled, 1))
 
     def train(self, mode=True):
         """Switch to training; batch statistics stay those of ImageNet, for batches are small."""
         super().train(mode)
-        for part in self.down.modules():
+        for part in self.encoder.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.eval()
         return self
@@ -174,27 +174,27 @@ class LesionDetector(nn.Module):
         known = list(torch.load(path, map_location="cpu", weights_only=True).values())
         state = {}
         # The same layers in the same order under other names; a colour image's weights are summed.
-        for (name, value), weight in zip(self.down.state_dict().items(), known):
+        for (name, value), weight in zip(self.encoder.state_dict().items(), known):
             state[name] = weight.sum(1, keepdim=True) if name == "conv_stem.weight" else weight
             if state[name].shape != value.shape:
                 raise ValueError(
                     f"{path}: {name} is {tuple(weight.shape)}, not {tuple(value.shape)}"
                 )
-        self.down.load_state_dict(state)
-        for part in (self.down.conv_stem, self.down.bn1, self.down.blocks[:FROZEN]):
+        self.encoder.load_state_dict(state)
+        for part in (self.encoder.conv_stem, self.encoder.bn1, self.encoder.blocks[:FROZEN]):
             part.requires_grad_(False)
 
 
-class _Residual(nn.Module):
+class _ResidualBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.change = _convolve(width, width)
+        self.block = _conv_block(width, width)
 
     def forward(self, x):
-        return x + self.change(x)
+        return x + self.block(x)
 
 
-def _convolve(before, after):
+def _conv_block(before, after):
     return nn.Sequential(
         nn.Conv2d(before, after, 3, padding=1, bias=False),
         nn.GroupNorm(8, after),
