@@ -175,6 +175,11 @@ def fit(
     return history
 
 
+def processes() -> tuple[int, int]:
+    """Return this process's number from 0, and how many train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 class _Trainer(Trainer):
     """Trainer with our batches, measures and checkpoints."""
 
@@ -387,9 +392,7 @@ class _Batches(Sampler):
 
     def __init__(self, count, config):
         self.count, self.config, self.epoch = count, config, 1
-        self.rank, self.world = 0, 1
-        if dist.is_initialized():
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = processes()
         if config.batch_size % self.world:
             raise ValueError(
                 f"batch_size {config.batch_size} can't be shared by {self.world} processes; make it "
