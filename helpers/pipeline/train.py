@@ -35,10 +35,9 @@ tool: no medical device, and never the ground for a decision about a patient.
   {training_signature}: all folds but {test_fold}. Each detector started from EfficientNet-Lite0 (ImageNet)
   and was pretrained on {pretrain_images} synthetic images per class. The training data of {segmenter}
   very probably contain BUSI.
-- **Out-of-fold**, on the images that rules and diagnosis were fitted on, one per group: Dice
-  {lesion_dice:.3f} on lesion images, accuracy {accuracy:.3f}, calibration error
-  {calibration_error:.3f}. Each detector predicts alone there; in use their mean counts. For the test fold
-  see `results/`.
+- **Out-of-fold**, on the images that rules and diagnosis were fitted on, one per group:
+  Dice {lesion_dice:.3f} on lesion images, accuracy {accuracy:.3f}, calibration error {calibration_error:.3f}.
+  Each detector predicts alone there; in use their mean counts. For the test fold see `results/`.
 - **Limits**: one hospital, no patient ids; lymph nodes of the axilla come out worst; it was not trained on
   colour Doppler, and warns of it.
 - **Made by** `make pipeline`; training the detectors took {minutes:.0f} minutes in all.
