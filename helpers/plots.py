@@ -963,3 +963,19 @@ def _rectangle(axes, box):
             linewidth=1.4,
         )
     )
+
+
+finish, grid = _finish, _grid
+
+
+def overlay(image, truth=None, prediction=None, box=None, axes=None):
+    """Show an image with the contours of its truth and its prediction, and with a box."""
+    axes = plt.subplots(layout="constrained")[1] if axes is None else axes
+    axes.imshow(image)
+    axes.set_axis_off()
+    for mask, colour in ((truth, TRUTH), (prediction, PREDICTION)):
+        if mask is not None:
+            _contour(axes, mask, colour)
+    if box is not None:
+        _rectangle(axes, box)
+    return axes.figure
