@@ -81,7 +81,7 @@ def augment(
 
 
 def augment_batch(
-    pixels: torch.Tensor, *maps: torch.Tensor, ranges: Ranges, generator: torch.Generator
+    pixels: torch.Tensor, *maps: torch.Tensor, ranges: Ranges, generator=None
 ) -> list[torch.Tensor]:
     """Augment each image of a batch in its own way, and move its maps alike.
 
@@ -89,7 +89,7 @@ def augment_batch(
         pixels: float (N, C, H, W) from 0 to 1. A rotation is one in these pixels.
         maps: float (N, channels, height, width) of the same frames at any resolution: masks, features.
         ranges: Ranges.
-        generator: of the CPU; all that is random comes from it.
+        generator: torch.Generator of the CPU, which all that is random comes from; None: torch's own.
 
     Returns:
         list of tensors in the shapes of `pixels` and `maps`, 0 where the frame does not reach.

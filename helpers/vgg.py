@@ -206,7 +206,7 @@ def fit(
 def _pretrained(config, folder):
     if config.weights == "imagenet":
         return build(True, seed=config.seed, activation=config.activation)
-    train, val = synthetic.to_learn_from(config.pretrain_images, folder)
+    train, val = synthetic.pretraining_set(config.pretrain_images, folder)
     shape = {name: getattr(config, name) for name in ("size", "width", "activation", "precision")}
     print(f"first {len(train)} synthetic images, then the training images")
     # By the default config, so that one run serves every config and seed on the real images.
