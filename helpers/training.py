@@ -213,8 +213,9 @@ class _Trainer(Trainer):
         )
         steps = config.epochs * len(self.batches)
         if config.schedule == "one cycle":
+            rise = 0.2 + 1e-6  # a rise of one step exactly would be divided by zero
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, config.learning_rate, steps, pct_start=0.2
+                optimizer, config.learning_rate, steps, pct_start=rise
             )
         else:
             schedule = get_scheduler(config.schedule, optimizer, 0, steps)

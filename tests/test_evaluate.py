@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import data, metrics, pipeline
+from helpers import data, metrics, pipeline, results
 from helpers.pipeline import evaluate, robustness
 
 
@@ -15,19 +15,19 @@ def rows(index):
     return split.groupby("label").head(3).reset_index(drop=True)
 
 
-def found(masks, probability, possible=("benign",), confidence=None):
+def found(masks, probability, prediction_set=("benign",), confidence=None):
     """A finding with these masks; its boxes play no part here."""
     shares = {"normal": 0.1, "benign": 0.7, "malignant": 0.2}
     confidence = [0.9] * len(masks) if confidence is None else confidence
     boxes = np.zeros((len(masks), 4), np.float32)
     return pipeline.Finding(
-        masks, boxes, shares, possible, confidence, probability, probability, ()
+        masks, boxes, shares, prediction_set, confidence, probability, probability, ()
     )
 
 
 @pytest.fixture(scope="module")
 def perfect(rows):
-    """Findings that outline the truth, part by part."""
+    """Findings that are the truth, part by part."""
     answers = {}
     for row in rows.itertuples():
         truth = data.read_truth(row)
@@ -38,9 +38,9 @@ def perfect(rows):
 
 
 class Echo:
-    """Stands in for a pipeline: outlines what is brighter than half of the frame's brightest."""
+    """Stands in for a pipeline: segments what is brighter than half of the frame's brightest."""
 
-    trained = {"data": "none"}
+    card = {"data": "none", "trained_on": ["a"]}
 
     def segment(self, image, embedding=None, mirror=False):
         mask = image.mean(axis=2) > image.max() / 2
@@ -48,17 +48,17 @@ class Echo:
 
 
 def test_rows_become_findings_and_masks(rows):
-    answers = evaluate.of_rows(Echo(), rows)
+    answers = evaluate.predict(Echo(), rows)
     assert list(answers) == list(rows.image_id)
     name, path = rows.image_id.iloc[0], rows.image_path.iloc[0]
     image = data.read_image(path)
     expected = image.mean(axis=2) > image.max() / 2
     np.testing.assert_array_equal(evaluate.masks(answers)[name], expected)
-    np.testing.assert_array_equal(evaluate.maps(answers)[name], expected)
-    assert evaluate.probabilities(answers).tolist() == [[0.1, 0.7, 0.2]] * len(rows)
+    np.testing.assert_array_equal(evaluate.detector_masks(answers)[name], expected)
+    assert evaluate.class_probabilities(answers).tolist() == [[0.1, 0.7, 0.2]] * len(rows)
 
 
-def test_lesions_found_and_alarms_are_counted_one_by_one(index):
+def test_lesions_found_and_false_alarms_are_counted_one_by_one(index):
     row = data.lesions(index).head(1)
     truth = data.read_truth(next(row.itertuples()))
     corner = np.zeros_like(truth)
@@ -84,7 +84,7 @@ def test_what_no_image_can_tell_is_left_out_of_the_sum(rows, perfect):
     assert set(only) == {"sensitivity", "false_alarms_per_lesion_image"}
 
 
-def test_the_surest_come_first(rows, perfect):
+def test_the_most_confident_come_first(rows, perfect):
     scores = metrics.score(rows, evaluate.masks(perfect), surface=False)
     lesions = data.lesions(rows)
     answers = {
@@ -99,15 +99,15 @@ def test_the_surest_come_first(rows, perfect):
     assert (evaluate.confidence(scores, nothing).expected == 0).all()
 
 
-def test_decisions_count_what_is_covered_decided_and_right(rows, perfect):
+def test_decisions_count_what_is_covered_decided_and_correct(rows, perfect):
     kept = [("benign",), ("benign", "malignant"), ()] * 3
     answers = {
-        name: found([], finding.probability, possible)
-        for (name, finding), possible in zip(perfect.items(), kept)
+        name: found([], finding.probability, prediction_set)
+        for (name, finding), prediction_set in zip(perfect.items(), kept)
     }
     table = evaluate.decisions(rows, answers).set_index("class")
-    assert table.loc["benign", ["covered", "decided", "right"]].tolist() == [2 / 3, 1 / 3, 1]
-    assert table.loc["normal", ["covered", "decided", "right"]].tolist() == [0, 1 / 3, 0]
+    assert table.loc["benign", ["covered", "decided", "correct"]].tolist() == [2 / 3, 1 / 3, 1]
+    assert table.loc["normal", ["covered", "decided", "correct"]].tolist() == [0, 1 / 3, 0]
     assert table.loc["all", "decided"] == pytest.approx(1 / 3)
 
 
@@ -146,22 +146,26 @@ def test_degraded_frames_are_scored_and_the_untouched_one_only_once(rows):
             return super().segment(image)
 
     lesions = data.lesions(rows).head(2)
-    table = evaluate.degraded(Counting(), lesions, kinds=("gain", "blur"), levels=(0, 4))
-    assert len(table) == 2 * 2 * 2
-    assert len(asked) == 2 * (1 + 2)
+    table = evaluate.degraded(Counting(), lesions)
+    kinds, levels = len(robustness.KINDS), len(robustness.LEVELS)
+    assert len(table) == 2 * kinds * levels
+    assert len(asked) == 2 * (1 + kinds * (levels - 1))
     assert table[table.level == 0].groupby("image_id").dice.nunique().eq(1).all()
-    assert set(table.kind) == {"gain", "blur"} <= set(robustness.KINDS)
-    means = evaluate.by(table, "level")
-    assert means.images.tolist() == [4, 4]
+    assert set(table.kind) == set(robustness.KINDS)
+    means = evaluate.dice_by(table, "level")
+    assert means.images.tolist() == levels * [2 * kinds]
     assert (means.low <= means.dice).all()
     assert (means.dice <= means.high).all()
 
 
-def test_records_hold_outlines_classes_and_what_was_found(rows, perfect, tmp_path):
+def test_records_hold_segmentation_classification_and_detection(rows, perfect, tmp_path):
     scores = metrics.score(rows, evaluate.masks(perfect))
-    outlines, classes = evaluate.record(Echo(), rows, perfect, scores, 1.5, seed=0, path=tmp_path)
-    first, second = (json.loads(path.read_text()) for path in (outlines, classes))
+    recorder = results.Recorder(rows, path=tmp_path)
+    files = evaluate.record(recorder, Echo(), perfect, scores, 1.5)
+    first, second = (json.loads(path.read_text()) for path in files)
+    assert first["key"] == second["key"] == "pipeline"
     assert first["prompt"] == "predicted box"
+    assert first["details"]["training"] == {"data": "none"}
     assert first["details"]["detection"]["sensitivity"] == 1
     assert second["prompt"] == "image with predicted mask"
     shares = pd.DataFrame(second["per_image"]["probability"])

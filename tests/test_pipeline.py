@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from helpers import data, pipeline, sam
-from helpers.pipeline import detector, diagnosis
+from helpers.pipeline import cli, detector, diagnosis
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,10 @@ def built():
         detector.LesionDetector(segmenter_channels(segmenter), 64, 8).eval() for _ in range(2)
     ]
     rng = np.random.default_rng(0)
-    measures = len(diagnosis.MEASURES)
+    features = len(diagnosis.FEATURES)
     nonconformity = {label: np.sort(rng.random(40)) for label in data.LABELS}
     classifier = diagnosis.Diagnosis(
-        rng.standard_normal((3, measures)) / 9, np.zeros(3), nonconformity
+        rng.standard_normal((3, features)) / 9, np.zeros(3), nonconformity
     )
     return pipeline.Pipeline(
         segmenter, detectors, classifier, pipeline.Rules(normal=0.9), {"data": "none"}
@@ -68,16 +69,9 @@ def test_the_mirror_image_is_averaged_in(built, image):
     assert other.probabilities == pytest.approx(both.probabilities, abs=0.05)
 
 
-def test_normal_above_its_level_outlines_nothing(built, image):
-    import dataclasses
-
-    strict = pipeline.Pipeline(
-        built.segmenter,
-        built.detectors,
-        built.classifier,
-        dataclasses.replace(built.rules, normal=0.0),
-    )
-    finding = strict.segment(image)
+def test_normal_above_its_level_segments_nothing(built, image):
+    rules = dataclasses.replace(built.rules, normal=0.0)
+    finding = dataclasses.replace(built, rules=rules).segment(image)
     assert finding.masks == []
     assert finding.boxes.shape == (0, 4)
     assert not finding.mask.any()
@@ -89,7 +83,7 @@ def test_saved_and_loaded_it_finds_the_same(built, image, tmp_path):
     assert loaded.rules == built.rules
     assert loaded.card == built.card
     one, two = built.segment(image), loaded.segment(image)
-    assert two.possible == one.possible
+    assert two.prediction_set == one.prediction_set
     assert two.probabilities == pytest.approx(one.probabilities, abs=0.02)
     np.testing.assert_allclose(two.probability, one.probability, atol=0.02)
 
@@ -100,7 +94,11 @@ def test_folders_of_another_kind_are_refused(built, tmp_path):
     built.save(tmp_path)
     settings = json.loads((tmp_path / "pipeline.json").read_text())
     (tmp_path / "pipeline.json").write_text(json.dumps(settings | {"version": 99}))
-    with pytest.raises(ValueError, match="is of version 99, this package reads"):
+    with pytest.raises(ValueError, match="is of version 99, this package reads 2; train it again"):
+        pipeline.load(tmp_path)
+    older = {"version": 1, "measures": ["found", "area"], "weights": [], "bias": []}
+    (tmp_path / "pipeline.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="is of version 1, this package reads 2; train it again"):
         pipeline.load(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps(settings)[:-20])
     with pytest.raises(ValueError, match="cut off or altered"):
@@ -112,22 +110,22 @@ def test_folders_of_another_kind_are_refused(built, tmp_path):
 
 
 def test_boxes_of_a_map():
-    rules = pipeline.Rules(threshold=0.5, share=0.5, several=0.5, grow=0.0)
+    rules = pipeline.Rules(threshold=0.5, peak_share=0.5, part_share=0.5, margin=0.0)
     lesion_map = np.zeros((60, 80), np.float32)
-    assert pipeline.propose(lesion_map, rules).shape == (0, 4)
+    assert pipeline.propose_boxes(lesion_map, rules).shape == (0, 4)
     lesion_map[10:20, 30:50] = 0.9
-    assert pipeline.propose(lesion_map, rules).tolist() == [[30, 10, 49, 19]]
+    assert pipeline.propose_boxes(lesion_map, rules).tolist() == [[30, 10, 49, 19]]
     lesion_map[40:50, 5:15] = 0.95  # half the mass
-    assert pipeline.propose(lesion_map, rules).tolist() == [[30, 10, 49, 19], [5, 40, 14, 49]]
+    assert pipeline.propose_boxes(lesion_map, rules).tolist() == [[30, 10, 49, 19], [5, 40, 14, 49]]
     lesion_map[40:50, 5:15] = 0.6  # less than half
-    assert pipeline.propose(lesion_map, rules).tolist() == [[30, 10, 49, 19]]
-    wide = pipeline.propose(lesion_map, pipeline.Rules(several=0.9, grow=0.5))
+    assert pipeline.propose_boxes(lesion_map, rules).tolist() == [[30, 10, 49, 19]]
+    wide = pipeline.propose_boxes(lesion_map, pipeline.Rules(part_share=0.9, margin=0.5))
     assert wide.tolist() == [[0, 0, 79, 59]]
-    faint = pipeline.propose(lesion_map / 5, rules)
+    faint = pipeline.propose_boxes(lesion_map / 5, rules)
     assert faint.tolist() == [[30, 10, 49, 19]]  # half of a low peak counts
     lesion_map[:] = 0
     lesion_map[59, 79] = 1
-    ((left, top, right, bottom),) = pipeline.propose(lesion_map, rules)
+    ((left, top, right, bottom),) = pipeline.propose_boxes(lesion_map, rules)
     assert (right, bottom) == (79, 59)
     assert left < right
     assert top < bottom
@@ -153,7 +151,7 @@ def test_a_report_shows_what_was_found(built, image):
     finding = built.segment(image)
     assert any(finding.answer in text for text in texts)
     assert any("expected Dice" in text for text in texts)
-    assert any("possible: " in text for text in texts)
+    assert any("prediction set: " in text for text in texts)
 
 
 def test_a_folder_goes_on_after_a_bad_file(built, index, tmp_path, capsys):
@@ -167,7 +165,7 @@ def test_a_folder_goes_on_after_a_bad_file(built, index, tmp_path, capsys):
     built.save(tmp_path / "weights")
     out = tmp_path / "out"
     words = [str(images), str(images / "more"), "--out", str(out)]
-    assert pipeline.main([*words, "--weights", str(tmp_path / "weights")]) == 1
+    assert cli.main([*words, "--weights", str(tmp_path / "weights")]) == 1
     table = pd.read_csv(out / "findings.csv")
     assert [name.split("/")[-1] for name in table.file] == ["0.png", "1.png", "broken.png", "0.png"]
     assert table.error.notna().tolist() == [False, False, True, False]
@@ -180,12 +178,15 @@ def test_a_folder_goes_on_after_a_bad_file(built, index, tmp_path, capsys):
     assert (mask != finding.mask).mean() < 0.02
     drawn = np.array(Image.open(out / "overlays" / "0.png"))
     assert drawn.shape == (*mask.shape, 3)
+    assert (drawn == cli.YELLOW).all(2).any()
+    assert table.prediction_set[0] == " or ".join(finding.prediction_set)
+    assert {path.name for path in out.iterdir()} == {"masks", "overlays", "findings.csv"}
     assert table.lesions[0] == len(finding.masks)
 
 
 def test_a_folder_without_images_says_so(built, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file ends in \.png"):
-        pipeline.run_folder(built, [], tmp_path / "out")
+        cli.run_folder(built, [], tmp_path / "out")
 
 
 def test_the_pipeline_in_the_package_works_at_once(image):
@@ -202,24 +203,22 @@ def test_the_pipeline_in_the_package_works_at_once(image):
 def test_images_that_it_was_trained_on_are_refused(built, index):
     rows = data.lesions(index).head(3)
     known = {"data": "synthetic", "trained_on": [rows.image_id[1]], "test_fold": 0}
-    other = pipeline.Pipeline(
-        built.segmenter, built.detectors, built.classifier, built.rules, known
-    )
+    other = dataclasses.replace(built, card=known)
     with pytest.raises(ValueError, match="trained on 1 of these 3 images, such as 'benign"):
         other.check_unseen(rows)
     other.check_unseen(rows.drop(index=1))
     other.check_unseen(rows.assign(source="BUS-BRA"))  # other images of the same names
 
 
-def test_another_decoder_of_the_same_encoder_may_outline(built, image):
+def test_another_decoder_of_the_same_encoder_may_segment(built, image):
     import copy
 
     import torch
 
     other = copy.deepcopy(built.segmenter)
     with torch.no_grad():
-        for weight in other.network.model.mask_decoder.parameters():
+        for weight in other.model.mask_decoder.parameters():
             weight.mul_(0.5)
-    changed = built.with_segmenter(other).segment(image)
+    changed = dataclasses.replace(built, segmenter=other).segment(image)
     np.testing.assert_array_equal(changed.lesion_map, built.segment(image).lesion_map)
     assert not np.allclose(changed.probability, built.segment(image).probability)

@@ -165,3 +165,11 @@ def test_all_global_state_is_left_alone(tmp_path, monkeypatch, capfd):
     assert "training: 100%" in out
     assert "12/12" in out
     assert "val loss 0." in out
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 6])
+def test_one_cycle_takes_any_number_of_steps(tmp_path, epochs):
+    config = training.Config(epochs, 0.03, batch_size=7, schedule="one cycle")  # a step an epoch
+    _, history = train(tmp_path, config=config)
+    assert len(history) == epochs
+    assert history.learning_rate.between(0, 0.03).all()

@@ -1,4 +1,4 @@
-from helpers.pipeline import main
+from helpers.pipeline.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

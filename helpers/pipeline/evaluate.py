@@ -1,4 +1,4 @@
-"""What a pipeline finds on the images of an index, and how that is judged."""
+"""What a pipeline predicts on the images of an index, and how good that is."""
 
 import sys
 
@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from helpers import data, metrics, results
+from helpers import data, metrics
 from helpers.pipeline import robustness
 
+FAILED = 0.5  # Dice below which a segmentation has failed
 CAUSES = {
-    "missed": "nothing is outlined",
+    "missed": "nothing is segmented",
     "several lesions": "the truth has several parts",
     "wrong structure": "an IoU with the truth below a tenth",
     "calipers": "an operator's marks are burned in",
@@ -20,21 +21,21 @@ CAUSES = {
 }
 
 
-def of_rows(pipeline, rows, found=None, mirror=False):
-    """Segment the images of an index.
+def predict(pipeline, rows, embeddings=None, mirror=False):
+    """Segment and classify the images of an index.
 
     Args:
         pipeline: helpers.pipeline.Pipeline.
         rows: rows of an index.
-        found: dict from image_id to embedding, where they are at hand.
+        embeddings: dict from image_id to embedding, where they are at hand.
         mirror: as for `Pipeline.segment`.
 
     Returns:
-        dict from image_id to helpers.pipeline.Finding.
+        dict from image_id to helpers.pipeline.Finding: the `findings` of all other functions here.
     """
     return {
         row.image_id: pipeline.segment(
-            data.read_image(row.image_path), found and found[row.image_id], mirror
+            data.read_image(row.image_path), embeddings and embeddings[row.image_id], mirror
         )
         for row in tqdm(list(rows.itertuples()), "pipeline", unit="image", file=sys.stdout)
     }
@@ -45,100 +46,83 @@ def masks(findings):
     return {name: finding.mask for name, finding in findings.items()}
 
 
-def maps(findings):
-    """Return a dict from image_id to bool (H, W): what the detectors alone outline."""
+def detector_masks(findings):
+    """Return a dict from image_id to bool (H, W): the detectors' lesion map at 0.5, without a segmenter."""
     return {name: finding.lesion_map > 0.5 for name, finding in findings.items()}
 
 
-def boxed(segmenter, findings, found):
-    """Return a dict from image_id to bool (H, W): a segmenter's own outlines in the found boxes.
+def segmenter_masks(segmenter, findings, embeddings):
+    """Return a dict from image_id to bool (H, W): what a segmenter alone makes of the predicted boxes.
 
-    Args:
-        segmenter: helpers.sam.Segmenter.
-        findings: dict from image_id to Finding.
-        found: dict from image_id to embedding.
+    `embeddings` is a dict from image_id to embedding.
     """
     alone = {}
     for name, finding in findings.items():
         alone[name] = np.zeros(finding.probability.shape, dtype=bool)
         for box in finding.boxes:
-            alone[name] |= segmenter.predict(found[name], box) > 0.5
+            alone[name] |= segmenter.predict(embeddings[name], box) > 0.5
     return alone
 
 
-def probabilities(findings):
+def class_probabilities(findings):
     """Return float (N, 3) of findings, columns in the order of `helpers.data.LABELS`."""
     return np.array([list(finding.probabilities.values()) for finding in findings.values()])
 
 
 def detection(rows, findings):
-    """Count lesions found and alarms: `helpers.metrics.detection` of findings."""
+    """Count lesions found and false alarms: `helpers.metrics.detection` of findings."""
     return metrics.detection(rows, {name: finding.masks for name, finding in findings.items()})
 
 
-def record(pipeline, rows, findings, scores, seconds, **run):
-    """Write the result files of a pipeline: its outlines and its classes.
+def record(recorder, pipeline, findings, scores, seconds):
+    """Write the result files of a pipeline, its segmentation and its classification.
 
     Args:
+        recorder: helpers.results.Recorder of the rows of the findings.
         pipeline: helpers.pipeline.Pipeline.
-        rows: rows of an index.
-        findings: dict from image_id to Finding.
+        findings: of `predict`, which took `seconds`.
         scores: DataFrame from `helpers.metrics.score` of the findings' masks.
-        seconds: what the findings took.
-        run: seed, fold, device and path, as for `helpers.results.save`.
 
     Returns:
         list of Path.
     """
-    counted = metrics.detection_summary(detection(rows, findings))
-    details = {"detection": counted, "training": pipeline.trained}
-    run |= {"model": "automatic pipeline", "seconds": seconds, "details": details}
-    shares = probabilities(findings)
+    training = {name: value for name, value in pipeline.card.items() if name != "trained_on"}
+    counts = metrics.detection_summary(detection(recorder.rows, findings))
+    about = {"key": "pipeline", "title": "automatic pipeline", "seconds": seconds}
+    about["details"] = {"detection": counts, "training": training}
+    classes = class_probabilities(findings)
     return [
-        results.save(scores, rows, prompt="predicted box", **run),
-        results.save_classes(shares, rows, prompt="image with predicted mask", **run),
+        recorder.segmentation(scores, prompt="predicted box", **about),
+        recorder.classification(classes, prompt="image with predicted mask", **about),
     ]
 
 
 def decisions(rows, findings):
-    """Show what "uncertain" buys: how often there is a decision, and how often it is right.
-
-    Args:
-        rows: the N rows of an index.
-        findings: dict from image_id to Finding.
+    """Show what prediction sets give: how often there is a decision, and how often it is correct.
 
     Returns:
-        DataFrame, one row per class and one for all: `class`, `images`, `covered` (share whose class
-        is among the possible), `decided` (share with one possible class) and `right` (share of the
-        decided whose class it is; NaN where none is decided).
+        DataFrame, one row per class of the rows and one for all: `class`, `images`, `covered` (share whose
+        class is in the prediction set), `decided` (share with one class in it) and `correct` (share of
+        the decided whose class it is; NaN where none is decided).
     """
-    kept = [findings[name].possible for name in rows.image_id]
-    table = pd.DataFrame(
-        {
-            "class": rows.label.to_numpy(),
-            "covered": [label in possible for label, possible in zip(rows.label, kept)],
-            "decided": [len(possible) == 1 for possible in kept],
-        }
-    )
-    table["right"] = table.covered.where(table.decided)
-    lines = []
-    for name, part in [*table.groupby("class"), ("all", table)]:
-        values = part[["covered", "decided", "right"]].astype(float).mean()
-        lines.append({"class": name, "images": len(part)} | values.to_dict())
-    return pd.DataFrame(lines)
+    sets = [findings[name].prediction_set for name in rows.image_id]
+    table = pd.DataFrame({"class": rows.label.to_numpy(), "images": 1})
+    table["covered"] = [float(label in kept) for label, kept in zip(rows.label, sets)]
+    table["decided"] = [float(len(kept) == 1) for kept in sets]
+    table["correct"] = table.covered.where(table.decided == 1)
+    table = pd.concat([table, table.assign(**{"class": "all"})])
+    order = [*sorted(set(rows.label)), "all"]
+    share = dict.fromkeys(("covered", "decided", "correct"), "mean")
+    return table.groupby("class").agg({"images": "sum"} | share).loc[order].reset_index()
 
 
 def confidence(scores, findings):
-    """Put the Dice that a pipeline expects of its own outline beside the Dice that it has.
-
-    Args:
-        scores: DataFrame from `helpers.metrics.score`.
-        findings: dict from image_id to Finding.
+    """Put the Dice that a pipeline expects of its own masks beside the Dice of `metrics.score`.
 
     Returns:
-        DataFrame of the lesion images, the surest first: `image_id`, `label`, `group`, `dice`,
-        `expected` (0 where nothing is outlined), `kept` (share of images at least as sure) and
-        `mean_dice` (of those).
+        DataFrame of the lesion images by decreasing confidence: `image_id`, `label`, `group`, `dice`,
+        `expected` (0 where nothing is segmented), `kept` (share of images of at least that confidence)
+        and `mean_dice` (of those).
     """
     table = scores[scores.label != "normal"][["image_id", "label", "group", "dice"]].copy()
     table["expected"] = [max(findings[name].confidence, default=0.0) for name in table.image_id]
@@ -147,22 +131,15 @@ def confidence(scores, findings):
     return table.assign(kept=number / len(table), mean_dice=table.dice.cumsum() / number)
 
 
-def failures(rows, findings, scores, below=0.5):
-    """Name why outlines fail, by the rules of `CAUSES`, the first that holds.
+def failures(rows, findings, scores):
+    """Return the rows of lesion images with a Dice below `FAILED` in `scores`, the worst first.
 
-    Args:
-        rows: rows of an index.
-        findings: dict from image_id to Finding.
-        scores: DataFrame from `helpers.metrics.score`.
-        below: Dice under which an outline has failed.
-
-    Returns:
-        DataFrame: the rows of lesion images that failed, the worst first, with `dice` and `cause`.
+    `dice` and `cause` are added: the first of `CAUSES` that holds.
     """
-    failed = rows.merge(scores[["image_id", "dice"]], on="image_id")
-    failed = failed[(failed.label != "normal") & (failed.dice < below)]
+    failed = data.lesions(rows).merge(scores[["image_id", "dice"]], on="image_id")
+    failed = failed[failed.dice < FAILED].sort_values("dice", kind="stable", ignore_index=True)
     causes = [_cause(row, findings[row.image_id].mask) for row in failed.itertuples()]
-    return failed.assign(cause=causes).sort_values("dice", kind="stable").reset_index(drop=True)
+    return failed.assign(cause=causes)
 
 
 def _cause(row, mask):
@@ -183,48 +160,42 @@ def _cause(row, mask):
     return "border"
 
 
-def degraded(pipeline, rows, kinds=tuple(robustness.KINDS), levels=robustness.LEVELS):
-    """Score a pipeline on frames as another scanner would show them.
-
-    Args:
-        pipeline: helpers.pipeline.Pipeline.
-        rows: rows of an index.
-        kinds, levels: as for `helpers.robustness.apply`.
+def degraded(pipeline, rows):
+    """Score a pipeline on the images of rows as another scanner would show them, by `robustness`.
 
     Returns:
         DataFrame, one row per image, kind and level: `image_id`, `label`, `group`, `kind`, `level`,
-        `dice`, `malignant` (its probability) and `right` (whether the likeliest class is the true one).
+        `dice`, `malignant` (its probability) and `correct` (whether the likeliest class is the true one).
     """
     lines = []
     for row in tqdm(list(rows.itertuples()), "degrading", unit="image", file=sys.stdout):
         image, truth = data.read_image(row.image_path), data.read_truth(row)
-        untouched = None
-        for kind in kinds:
-            for level in levels:
+        untouched = pipeline.segment(image)
+        for kind in robustness.KINDS:
+            for level in robustness.LEVELS:
                 frame, mask = robustness.apply(image, truth, kind, level, row.image_id)
-                finding = untouched if level == 0 else None
-                finding = finding or pipeline.segment(frame)
-                untouched = finding if level == 0 else untouched
-                dice = metrics.segmentation(finding.mask, mask, surface=False)["dice"]
-                shares = finding.probabilities
-                line = {"image_id": row.image_id, "label": row.label, "group": row.group}
-                line |= {"kind": kind, "level": level, "dice": dice}
-                line |= {"malignant": shares["malignant"]}
-                lines.append(line | {"right": max(shares, key=shares.get) == row.label})
+                finding = pipeline.segment(frame) if level else untouched
+                classes = finding.probabilities
+                lines.append(
+                    {
+                        "image_id": row.image_id,
+                        "label": row.label,
+                        "group": row.group,
+                        "kind": kind,
+                        "level": level,
+                        "dice": metrics.segmentation(finding.mask, mask, surface=False)["dice"],
+                        "malignant": classes["malignant"],
+                        "correct": max(classes, key=classes.get) == row.label,
+                    }
+                )
     return pd.DataFrame(lines)
 
 
-def by(scores, column, seed=0):
-    """Return mean Dice with its 95 % interval for each value of a column, such as `device`.
-
-    Args:
-        scores: DataFrame with `dice`, `group` and the column.
-        column: name of the column.
-        seed: of the bootstrap.
-    """
+def dice_by(scores, column, seed=0):
+    """Return mean Dice with its 95 % interval for each value of a column of scores, such as `device`."""
     lines = []
     for value, part in scores.groupby(column, sort=True):
         low, high = metrics.bootstrap_interval(part.dice, part.group, seed=seed)
-        lines.append({column: value, "images": len(part), "dice": part.dice.mean()})
-        lines[-1] |= {"low": low, "high": high}
+        line = {column: value, "images": len(part), "dice": part.dice.mean()}
+        lines.append(line | {"low": low, "high": high})
     return pd.DataFrame(lines)

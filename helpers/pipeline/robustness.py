@@ -22,7 +22,9 @@ CROP = 0.08  # share of each side per level that is cut off, never into the lesi
 REFERENCE = 256  # px of the longest side that grain and blur are stated for
 
 
-def apply(image, mask, kind, level, key=""):
+def apply(
+    image: np.ndarray, mask: np.ndarray, kind: str, level: int, key: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
     """Degrade a frame.
 
     Args:
@@ -30,7 +32,7 @@ def apply(image, mask, kind, level, key=""):
         mask: bool (H, W), its truth; a crop cuts it too, and calipers are set on it.
         kind: one of `KINDS`.
         level: one of `LEVELS`.
-        key: names the image; what is random hangs on it alone.
+        key: names the image; what is random depends on it and the kind alone.
 
     Returns:
         (uint8 (h, w, 3), bool (h, w)).
@@ -46,8 +48,7 @@ def apply(image, mask, kind, level, key=""):
     if level == 0:
         return image, mask
     rng = np.random.default_rng(zlib.crc32(f"{kind} {key}".encode()))
-    image, mask = KINDS[kind](image, mask, level, rng)
-    return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+    return tuple(map(np.ascontiguousarray, KINDS[kind](image, mask, level, rng)))
 
 
 def _gain(image, mask, level, rng):
@@ -89,10 +90,9 @@ def _calipers(image, mask, level, rng):
     marks = ("measurement", "text", "pictogram")[: level if mask.any() else 0]
     image = synthetic.burn_in(image, [mask], marks, False, rng)
     if level == LEVELS[-1]:  # a measurement where nothing is
-        height, width = mask.shape
-        x, y = rng.uniform((0.2, 0.2), (0.8, 0.8)) * (width, height)
-        box = np.array([x - width / 10, y - height / 12, x + width / 10, y + height / 12])
-        elsewhere = prompts.fill_ellipse(box, mask.shape)
+        size = np.array(mask.shape[::-1])
+        middle, half = rng.uniform((0.2, 0.2), (0.8, 0.8)) * size, size / (10, 12)
+        elsewhere = prompts.fill_ellipse(np.r_[middle - half, middle + half], mask.shape)
         image = synthetic.burn_in(image, [elsewhere], ("measurement",), False, rng)
     return image, mask
 

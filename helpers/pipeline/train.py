@@ -1,8 +1,8 @@
 """Train a whole pipeline on the folds that are not the test fold.
 
-Four detectors, each trained without another of the four folds. On that fold each answers for images it has
-not seen; these answers choose the rules and fit the diagnosis, so nothing is calibrated on training
-images, and no image is spent on validation alone. A new image is answered by the four together.
+Four detectors, each trained without another of the four folds, which it then predicts. On these
+out-of-fold predictions the rules are chosen and the diagnosis is fitted, so nothing is calibrated on
+training images, and no image is spent on validation alone. A new image is predicted by the four together.
 
 `python -m helpers.pipeline.train`, which is `make pipeline`, does it once for each test fold of BUSI.
 """
@@ -11,143 +11,145 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 
 from helpers import cache, data, metrics, pipeline, results, sam
 from helpers.pipeline import detector, diagnosis, evaluate
-from helpers.sam import embeddings
+from helpers.sam.embeddings import embed_rows
 
-# What is tried for each rule, one after the other.
-TRIED = {"threshold": (0.5, 0.4, 0.3), "share": (0.5, 0.3), "grow": (0.01, 0.0, 0.02)}
-NORMAL = np.linspace(0.2, 0.9, 15)  # what is tried for the rule `normal`
-MISS = 2  # how many false alarms a lesion weighs that is left out
+# The values that are tried for each rule, one rule after the other.
+GRID = {"threshold": (0.5, 0.4, 0.3), "peak_share": (0.5, 0.3), "margin": (0.01, 0.0, 0.02)}
+NORMAL = np.linspace(0.2, 0.9, 15)  # the values that are tried for the rule `normal`
+MISS = 2  # how many false alarms a missed lesion weighs
 CARD = """# Automatic pipeline for breast ultrasound
 
-From a B-mode frame to lesion outlines and the probabilities of normal, benign and malignant. A research
+From a B-mode frame to lesion masks and the probabilities of normal, benign and malignant. A research
 tool: no medical device, and never the ground for a decision about a patient.
 
-- **Parts**: {detectors} detectors (`detector-*.safetensors`, float16), and in `pipeline.json` the rules that turn
-  their map into boxes, a logistic regression with its conformal calibration, and the names of the
-  training images. The outlines come from {segmenter}, which is not in this folder.
+- **Parts**: {detectors} detectors (`detector-*.safetensors`, float16), and in `pipeline.json` the rules that
+  turn their lesion map into boxes, a logistic regression with its conformal calibration, and the names of
+  the training images. The masks come from {segmenter}, which is not in this folder.
 - **Trained on** {training_images} images of {data} ({classes}), data signature
   {training_signature}: all folds but {test_fold}. Each detector started from EfficientNet-Lite0 (ImageNet)
-  and learned from {phantoms} synthetic phantoms per class first. The training data of {segmenter}
+  and was pretrained on {pretrain_images} synthetic images per class. The training data of {segmenter}
   very probably contain BUSI.
-- **On images that the detector had not seen**, from which rules and diagnosis were chosen, one image per
-  group: Dice {lesion_dice:.3f} on lesion images, accuracy {accuracy:.3f}, calibration error
-  {calibration_error:.3f}. Each detector answered alone there; here they decide together. For the test fold see
-  `results/`.
-- **Limits**: one hospital, no patient ids; lymph nodes of the axilla come out worst; of colour Doppler
-  it has seen nothing, and it says so.
-- **Made by** `make pipeline`; the detectors' epochs took {minutes:.0f} minutes, added up.
+- **Out-of-fold**, on the images that rules and diagnosis were fitted on, one per group:
+  Dice {lesion_dice:.3f} on lesion images, accuracy {accuracy:.3f}, calibration error {calibration_error:.3f}.
+  Each detector predicts alone there; in use their mean counts. For the test fold see `results/`.
+- **Limits**: one hospital, no patient ids; lymph nodes of the axilla come out worst; it was not trained on
+  colour Doppler, and warns of it.
+- **Made by** `make pipeline`; training the detectors took {minutes:.0f} minutes in all.
 """
 
 
-def fit(segmenter, material, found, fold, folder="", **config):
+def fit(segmenter, material, embeddings, fold, folder="", **config):
     """Train, choose and calibrate a pipeline without one fold.
 
     Args:
         segmenter: helpers.sam.Segmenter.
-        material: helpers.detector.Material of rows from `helpers.data.split`; rows of the test fold are
-            passed over.
-        found: dict from image_id to the embedding of each row's own image.
+        material: helpers.pipeline.detector.TrainingData of rows from `helpers.data.split`; rows of the test
+            fold are passed over.
+        embeddings: dict from image_id to the embedding of each row's own image.
         fold: the test fold.
         folder: for runs; "" is `helpers.cache.folder()`.
-        config: the fields of `helpers.detector.Config`.
+        config: the fields of `helpers.pipeline.detector.Config`.
 
     Returns:
         (Pipeline, DataFrame, DataFrame). The first frame has one row per image outside the test fold,
-        answered by the detector that had not seen it: `image_id`, `label`, `group`, `fold`, `dice`,
-        `confidence` (of the largest outline), and the calibrated `normal`, `benign`, `malignant`. The
-        second is the training history with the column `held_out`.
+        predicted out-of-fold: `image_id`, `label`, `group`, `fold`, `dice`, `confidence` (of the
+        largest lesion), and the calibrated `normal`, `benign`, `malignant`. The second is the training
+        history with the column `held_out`.
     """
     rows = material.rows
-    members, histories, answers = [], [], {}
+    detectors, histories, detected = [], [], {}
     for held_out in sorted(set(rows.fold) - {fold}):
         picked = np.flatnonzero(~rows.fold.isin((fold, held_out)))
         mixed = segmenter.precision == "bfloat16"
         member, history = detector.fit(material, picked, folder, mixed, **config)
-        members.append(member)
+        detectors.append(member)
         histories.append(history.assign(held_out=held_out))
-        asked = np.flatnonzero(rows.fold == held_out)
-        maps, names = detector.predict(
-            [member], material.pixels[0, asked], material.features[0, asked]
+        unseen = np.flatnonzero(rows.fold == held_out)
+        maps, classes = detector.predict(
+            [member], material.pixels[0, unseen], material.features[0, unseen]
         )
-        answers |= {rows.image_id[k]: (maps[n], names[n]) for n, k in enumerate(asked)}
-    known = rows[rows.fold != fold].reset_index(drop=True)
-    judged = known.drop_duplicates("group").reset_index(drop=True)
-    rules, _ = choose_rules(segmenter, judged, answers, found)
-    measures, dice, confidence = _measured(segmenter, known, answers, found, rules)
-    classifier, probabilities = diagnosis.fit(measures, known)
+        detected |= dict(zip(rows.image_id[unseen], zip(maps, classes)))
+    training = rows[rows.fold != fold].reset_index(drop=True)
+    scored = training.drop_duplicates("group").reset_index(drop=True)
+    rules, _ = choose_rules(segmenter, scored, detected, embeddings)
+    features, dice, confidence = _apply_rules(segmenter, training, detected, embeddings, rules)
+    classifier, probabilities = diagnosis.fit(features, training)
     normal = probabilities[:, data.LABELS.index("normal")]
-    rules = dataclasses.replace(rules, normal=choose_normal(known.label, dice, normal))
-    answered = known[["image_id", "label", "group", "fold"]].assign(
+    rules = dataclasses.replace(rules, normal=choose_normal(training.label, dice, normal))
+    predicted = training[["image_id", "label", "group", "fold"]].assign(
         dice=dice, confidence=confidence
     )
-    answered[list(data.LABELS)] = probabilities
-    judged = answered.drop_duplicates("group")
-    named = metrics.classification(judged[list(data.LABELS)].to_numpy(), judged.label.to_numpy())
+    predicted[list(data.LABELS)] = probabilities
+    scored = predicted.drop_duplicates("group")
+    classes = metrics.classification(scored[list(data.LABELS)].to_numpy(), scored.label.to_numpy())
+    history = pd.concat(histories, ignore_index=True)
     card = {
         "data": rows.source.iloc[0],
         "test_fold": fold,
-        "training_images": len(known),
-        "training_signature": data.signature(known),
-        "trained_on": sorted(known.image_id),
+        "training_images": len(training),
+        "training_signature": data.signature(training),
+        "trained_on": sorted(training.image_id),
         "validation": {
-            "lesion_dice": round(float(data.lesions(judged).dice.mean()), 5),
-            "accuracy": round(named["accuracy"], 5),
-            "calibration_error": round(named["calibration_error"], 5),
+            "lesion_dice": round(float(data.lesions(scored).dice.mean()), 5),
+            "accuracy": round(classes["accuracy"], 5),
+            "calibration_error": round(classes["calibration_error"], 5),
         },
         "config": dataclasses.asdict(detector.Config(**config)),
-        "seconds": round(float(sum(history.seconds.sum() for history in histories)), 1),
+        "seconds": round(float(history.seconds.sum()), 1),
     }
-    built = pipeline.Pipeline(segmenter, members, classifier, rules, card)
-    return built, answered, pd.concat(histories, ignore_index=True)
+    return pipeline.Pipeline(segmenter, detectors, classifier, rules, card), predicted, history
 
 
-def choose_rules(segmenter, rows, answers, found):
-    """Try the rules one after the other; keep what gives the lesion images the highest mean Dice.
+def choose_rules(segmenter, rows, detected, embeddings):
+    """Try the values of `GRID`, one rule after the other; keep the highest mean Dice of lesion images.
 
     Args:
         segmenter: helpers.sam.Segmenter.
         rows: rows of an index.
-        answers: dict from image_id to (map (size, size), names (3,)).
-        found: dict from image_id to embedding.
+        detected: dict from image_id to (lesion map (size, size), class probabilities (3,)).
+        embeddings: dict from image_id to embedding.
 
     Returns:
-        (Rules, DataFrame): the rules, and each that was tried with its `dice`.
+        (Rules, DataFrame): the rules, and each `rule` and `value` that was tried with its `dice`.
     """
     rules, tried, known = pipeline.Rules(), [], {}
-    lesions = data.lesions(rows)
-    truths = {row.image_id: data.read_truth(row) for row in lesions.itertuples()}
-    maps = {name: pipeline.enlarge(answers[name][0], truths[name].shape) for name in truths}
-    for name, values in TRIED.items():
+    truths = {row.image_id: data.read_truth(row) for row in data.lesions(rows).itertuples()}
+    maps = {
+        name: cv2.resize(detected[name][0], truth.shape[::-1]) for name, truth in truths.items()
+    }
+    for rule, values in GRID.items():
         scores = {}
         for value in values:
-            trial = dataclasses.replace(rules, **{name: value})
-            dice = []
-            for image in truths:
-                boxes = pipeline.propose(maps[image], trial)
-                key = image, boxes.tobytes()
+            trial, dice = dataclasses.replace(rules, **{rule: value}), []
+            for name, truth in truths.items():
+                boxes = pipeline.propose_boxes(maps[name], trial)
+                key = name, boxes.tobytes()
                 if key not in known:
-                    masks, _ = pipeline.trace(segmenter, found[image], maps[image], boxes)
-                    known[key] = _dice(masks, truths[image])
+                    masks, _ = pipeline.segment_boxes(
+                        segmenter, embeddings[name], maps[name], boxes
+                    )
+                    known[key] = _dice(masks, truth)
                 dice.append(known[key])
             scores[value] = float(np.mean(dice))
-            tried.append({"rule": name, "value": value, "dice": scores[value]})
-        rules = dataclasses.replace(rules, **{name: max(scores, key=scores.get)})
+            tried.append({"rule": rule, "value": value, "dice": scores[value]})
+        rules = dataclasses.replace(rules, **{rule: max(scores, key=scores.get)})
     return rules, pd.DataFrame(tried)
 
 
 def choose_normal(labels, dice, normal):
-    """Return the probability of "normal" from which no lesion is outlined.
+    """Return the probability of "normal" above which no lesion is segmented.
 
     It weighs the Dice of lesion images, `MISS` times, against false alarms on normal images.
 
     Args:
         labels: (N,) of the classes.
-        dice: float (N,) of the outlines, 0 for a normal image.
+        dice: float (N,) of the masks, 0 for a normal image.
         normal: float (N,), probability of "normal".
     """
     truly = np.asarray(labels) == "normal"
@@ -158,32 +160,28 @@ def choose_normal(labels, dice, normal):
     return float(round(NORMAL[int(np.argmax(scores))], 4))
 
 
-def _measured(segmenter, rows, answers, found, rules):
-    measures, dice, confidence = [], [], []
+def _apply_rules(segmenter, rows, detected, embeddings, rules):
+    """Return features (N, len(FEATURES)), Dice (N,) and confidence (N,) of out-of-fold predictions."""
+    features, dice, confidence = [], [], []
     for row in rows.itertuples():
-        truth = data.read_truth(row)
-        lesion_map = pipeline.enlarge(answers[row.image_id][0], truth.shape)
-        boxes = pipeline.propose(lesion_map, rules)
-        masks, probability = pipeline.trace(segmenter, found[row.image_id], lesion_map, boxes)
-        union = np.any([np.zeros(truth.shape, bool), *masks], axis=0)
-        measures.append(diagnosis.measure(answers[row.image_id][1], lesion_map, union))
+        truth, (lesion_map, classes) = data.read_truth(row), detected[row.image_id]
+        lesion_map = cv2.resize(lesion_map, truth.shape[::-1])
+        _, masks, probability, found = pipeline.segment_map(
+            segmenter, embeddings[row.image_id], lesion_map, classes, rules
+        )
+        features.append(found)
         dice.append(_dice(masks, truth) if truth.any() else 0.0)
         confidence.append(pipeline.confidence(probability, masks[0]) if masks else np.nan)
-    return np.stack(measures), np.array(dice), np.array(confidence)
+    return np.stack(features), np.array(dice), np.array(confidence)
 
 
 def _dice(masks, truth):
-    union = np.any([np.zeros(truth.shape, bool), *masks], axis=0)
-    return float(metrics.segmentation(union, truth, surface=False)["dice"])
+    mask = pipeline.union(masks, truth.shape)
+    return float(metrics.segmentation(mask, truth, surface=False)["dice"])
 
 
 def model_card(built, rows):
-    """Write down what a pipeline is, from its card: Markdown.
-
-    Args:
-        built: helpers.pipeline.Pipeline from `fit`.
-        rows: the rows that it was offered.
-    """
+    """Return the model card of a pipeline from `fit`, Markdown; `rows` are those that it was given."""
     card = built.card
     counts = rows[rows.image_id.isin(card["trained_on"])].label.value_counts()
     return CARD.format(
@@ -191,13 +189,13 @@ def model_card(built, rows):
         detectors=len(built.detectors),
         segmenter=built.segmenter.title,
         classes=", ".join(f"{counts[label]} {label}" for label in data.LABELS),
-        phantoms=card["config"]["phantoms"],
+        pretrain_images=card["config"]["pretrain_images"],
         minutes=card["seconds"] / 60,
     )
 
 
 def main(arguments=None):
-    """Train a pipeline without each fold of BUSI, save the first, and read each test fold once."""
+    """Train a pipeline without each fold of BUSI, save the first, and score each on its test fold once."""
     parser = argparse.ArgumentParser(
         prog="python -m helpers.pipeline.train", description=main.__doc__
     )
@@ -205,25 +203,24 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=pipeline.WEIGHTS, help="folder for the first")
     parser.add_argument("--results", default="", help="folder for result files")
     parser.add_argument("--cache", default="", help="folder for embeddings and finished detectors")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     index = data.load_index()
     segmenter = sam.load("lite-medsam", precision="auto")
     results.banner(index, 0, segmenter.device)
-    rows = data.split(index)
-    found = embeddings.embed_rows(segmenter, rows, chosen.cache)
-    config = detector.Config()
-    material = detector.prepare(segmenter, rows, chosen.cache, config.views, config.size)
-    for fold in chosen.folds:
-        built, _, _ = fit(segmenter, material, found, fold, chosen.cache)
+    rows, config = data.split(index), detector.Config()
+    embeddings = embed_rows(segmenter, rows, options.cache)
+    material = detector.prepare(segmenter, rows, options.cache, config.augmentations, config.size)
+    for fold in options.folds:
+        built, _, _ = fit(segmenter, material, embeddings, fold, options.cache)
         print(f"fold {fold} held out: {built.card['validation']}")
-        if fold == chosen.folds[0]:
-            built.save(chosen.out)
-            cache.write(chosen.out / "README.md", model_card(built, rows).encode())
+        if fold == options.folds[0]:
+            built.save(options.out)
+            cache.write(options.out / "README.md", model_card(built, rows))
         test = data.scored(data.split(index, fold), "test")
-        answers, seconds = results.timed(evaluate.of_rows, built, test, found)
-        scores = metrics.score(test, evaluate.masks(answers))
-        run = {"fold": fold, "device": segmenter.device, "path": chosen.results}
-        for file in evaluate.record(built, test, answers, scores, seconds, **run):
+        findings, seconds = results.timed(evaluate.predict, built, test, embeddings)
+        scores = metrics.score(test, evaluate.masks(findings))
+        recorder = results.Recorder(test, 0, fold, segmenter.device, options.results)
+        for file in evaluate.record(recorder, built, findings, scores, seconds):
             print(file)
 
 

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/pipeline.py [--images 12] [--files 10000]
 
-Exits with 1 where a bound is missed. The time is a ratio within one run. The files are copies of small
-phantoms, and tiny networks of random weights see them, for it is the memory that counts there.
+Exits with 1 where a bound is missed. The time is a ratio within one run. The files are copies of a small
+image, and tiny networks of random weights see them, for it is the memory that counts there.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from helpers import data, pipeline, sam
-from helpers.pipeline import detector, diagnosis
+from helpers.pipeline import cli, detector, diagnosis
 
 RATIO, GROWTH = 1.3, 1.05
 
@@ -60,7 +60,7 @@ def ratio(count):
     medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}
     whole = medians["report"] / medians["encoder"]
     print(
-        f"{pipe.segmenter.precision}: encoder {medians['encoder']:.3f} s, outline and diagnosis "
+        f"{pipe.segmenter.precision}: encoder {medians['encoder']:.3f} s, mask and diagnosis "
         f"{medians['segment'] / medians['encoder']:.2f} times that, with the report {whole:.2f} times "
         f"(bound {RATIO})",
         flush=True,
@@ -79,7 +79,7 @@ def growth(count):
     segmenter = sam.load("tiny", "cpu")
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
     nonconformity = {label: np.linspace(0, 1, 40) for label in data.LABELS}
-    zeros = np.zeros((3, len(diagnosis.MEASURES)))
+    zeros = np.zeros((3, len(diagnosis.FEATURES)))
     classifier = diagnosis.Diagnosis(zeros, np.zeros(3), nonconformity)
     pipe = pipeline.Pipeline(segmenter, [detector.LesionDetector(channels, 64, 8)], classifier)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def growth(count):
         peaks = []
         for part in (count // 10, count):
             with contextlib.redirect_stdout(io.StringIO()):
-                pipeline.run_folder(pipe, sorted(folder.glob("*.png"))[:part], folder / "out")
+                cli.run_folder(pipe, sorted(folder.glob("*.png"))[:part], folder / "out")
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
             shutil.rmtree(folder / "out")
     print(

@@ -1,0 +1,158 @@
+"""Figures of notebooks 07 and 08: what a pipeline finds, how sure it is, where it fails."""
+
+import matplotlib.pyplot as plt
+
+from helpers import data, plots
+from helpers.pipeline import evaluate, robustness
+
+
+def report(image, finding):
+    """Two panels: the frame with what was found in it, and the probability of each class.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        finding: helpers.pipeline.Finding of that image.
+    """
+    figure, (cell, bars) = plt.subplots(
+        1, 2, figsize=(9, 4), width_ratios=(3, 1.4), layout="constrained"
+    )
+    plots.overlay(image, axes=cell)
+    for mask, box in zip(finding.masks, finding.boxes):
+        plots.overlay(image, prediction=mask, box=box, axes=cell)
+    cell.set_title("\n".join([_lesions(finding), *finding.warnings]), fontsize=9, wrap=True)
+    for label, probability in finding.probabilities.items():
+        alpha = 1 if label in finding.prediction_set else 0.4
+        bar = bars.barh(label, probability, color=plots.LABEL_COLOURS[label], alpha=alpha)
+        bars.bar_label(bar, [f" {probability:.0%}"])
+    bars.set(xlim=(0, 1.25), xticks=[0, 0.5, 1], xlabel="probability")
+    bars.invert_yaxis()
+    bars.spines[["top", "right"]].set_visible(False)
+    prediction_set = " or ".join(finding.prediction_set) or "empty"
+    bars.set_title(f"prediction set: {prediction_set}", fontsize=9)
+    return plots.finish(figure, None, f"{finding.answer} (research tool, no medical device)")
+
+
+def _lesions(finding):
+    count = len(finding.masks)
+    lesions = {0: "no lesion segmented", 1: "one lesion"}.get(count, f"{count} lesions")
+    expected = ", ".join(f"{value:.2f}" for value in finding.confidence)
+    return f"{lesions}, expected Dice {expected}" if expected else lesions
+
+
+def uncertainty(row, finding):
+    """Three panels: the frame with mask and truth, probability per pixel, uncertainty per pixel.
+
+    Args:
+        row: of an index.
+        finding: helpers.pipeline.Finding of its image.
+    """
+    figure, cells = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    image, p = data.read_image(row.image_path), finding.probability
+    plots.overlay(image, data.read_truth(row), finding.mask, axes=cells[0])
+    cells[0].set_title("truth (green) and prediction", fontsize=9)
+    panels = (p, "probability of lesion"), (4 * p * (1 - p), "uncertainty, 4 p (1 - p)")
+    for cell, (values, caption) in zip(cells[1:], panels):
+        shown = cell.imshow(values, cmap="magma", vmin=0, vmax=1)
+        figure.colorbar(shown, ax=cell, shrink=0.8)
+        cell.set_title(caption, fontsize=9)
+        cell.set_axis_off()
+    return plots.finish(figure, row, f"{row.image_id}: {_lesions(finding)}")
+
+
+def failures(failed, findings, title, columns=4):
+    """Failed predictions beside the truth, each with its cause and Dice; None where there are none.
+
+    Args:
+        failed: DataFrame from `helpers.pipeline.evaluate.failures`.
+        findings: dict from image_id to helpers.pipeline.Finding.
+        title: of the figure.
+        columns: images side by side.
+    """
+    if failed.empty:
+        return None
+    figure, cells = plots.grid(len(failed), columns)
+    for cell, row in zip(cells, failed.itertuples()):
+        image, mask = data.read_image(row.image_path), findings[row.image_id].mask
+        plots.overlay(image, data.read_truth(row), mask, axes=cell)
+        cell.set_title(f"{row.image_id}: {row.cause}, Dice {row.dice:.2f}", fontsize=8)
+    names = {"truth": plots.TRUTH, "prediction": plots.PREDICTION}
+    handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in names.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return plots.finish(figure, failed, title)
+
+
+def confidence_curve(table, rows, title="Does the pipeline know when it is wrong?"):
+    """Two panels: expected against true Dice, and mean Dice of the most confident share of the images.
+
+    Args:
+        table: DataFrame from `helpers.pipeline.evaluate.confidence`.
+        rows: rows of the index, for the title.
+        title: of the figure.
+    """
+    figure, (dots, curve) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for label, part in table.groupby("label"):
+        dots.scatter(part.expected, part.dice, s=16, color=plots.LABEL_COLOURS[label], label=label)
+    dots.plot([0, 1], [0, 1], color="#999999", linestyle="--", linewidth=1)
+    dots.set(xlabel="expected Dice", ylabel="Dice", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    dots.legend(frameon=False)
+    curve.plot(table.kept, table.mean_dice, color=plots.PREDICTION)
+    curve.set(xlabel="share of lesion images kept, by decreasing confidence")
+    curve.set(ylabel="their mean Dice", xlim=(0, 1), ylim=(0, 1.02))
+    return plots.finish(figure, rows, title)
+
+
+def degradations(row):
+    """The image of a row of an index at every level of every degradation, with its truth."""
+    image, truth = data.read_image(row.image_path), data.read_truth(row)
+    kinds, levels = robustness.KINDS, robustness.LEVELS
+    figure, cells = plt.subplots(len(kinds), len(levels), figsize=(11, 10), layout="constrained")
+    for line, kind in zip(cells, kinds):
+        for cell, level in zip(line, levels):
+            changed, mask = robustness.apply(image, truth, kind, level, row.image_id)
+            plots.overlay(changed, mask, axes=cell)
+            cell.set_aspect("auto")
+            cell.set_title(f"{kind}, level {level}", fontsize=8)
+    return plots.finish(figure, row, row.image_id)
+
+
+def degradation_curves(table, rows, seed=0):
+    """Mean Dice against the level of each degradation, with 95 % intervals.
+
+    Args:
+        table: DataFrame from `helpers.pipeline.evaluate.degraded`.
+        rows: rows of the index, for the title.
+        seed: of the bootstrap.
+    """
+    kinds = list(table.kind.unique())
+    figure, cells = plt.subplots(
+        2, -(-len(kinds) // 2), figsize=(10, 5.4), layout="constrained", sharex=True, sharey=True
+    )
+    for cell in cells.flat[len(kinds) :]:
+        cell.set_axis_off()
+    for cell, kind in zip(cells.flat, kinds):
+        means = evaluate.dice_by(table[table.kind == kind], "level", seed)
+        cell.plot(means.level, means.dice, color=plots.PREDICTION, marker="o")
+        cell.fill_between(means.level, means.low, means.high, color=plots.PREDICTION, alpha=0.2)
+        cell.set_title(kind, fontsize=10)
+        cell.set_ylim(0, 1)
+    figure.supxlabel("level", fontsize=10)
+    figure.supylabel("Dice of lesion images", fontsize=10)
+    return plots.finish(figure, rows, "A frozen pipeline on other scanners' frames")
+
+
+def means_by(table, rows, title):
+    """Mean Dice with its interval for each value of a column.
+
+    Args:
+        table: DataFrame from `helpers.pipeline.evaluate.dice_by`, whose first column that is.
+        rows: rows of the index, for the title.
+        title: of the figure.
+    """
+    column = table.columns[0]
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(table) + 1.2), layout="constrained")
+    names = [f"{value} ({images})" for value, images in zip(table[column], table.images)]
+    spread = [table.dice - table.low, table.high - table.dice]
+    axes.errorbar(table.dice, names, xerr=spread, fmt="o", color=plots.PREDICTION, capsize=3)
+    axes.set(xlabel=f"Dice of lesion images, by {column} (images)", xlim=(0, 1))
+    axes.invert_yaxis()
+    return plots.finish(figure, rows, title)
