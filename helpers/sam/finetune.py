@@ -180,13 +180,14 @@ class _Example:
 class _Forward(torch.nn.Module):
     """What trains, behind `forward`, where the gradients of several processes are joined."""
 
-    def __init__(self, network, from_pixels):
+    def __init__(self, segmenter, from_pixels):
         super().__init__()
-        self.network, self.from_pixels = network, from_pixels
+        self.model, self.from_pixels = segmenter.model, from_pixels
+        self.decode = segmenter.decode
 
     def forward(self, inputs, boxes):
-        features = self.network.encode(inputs) if self.from_pixels else inputs
-        return self.network.decode(features, boxes)
+        features = self.model.vision_encoder(inputs)[0] if self.from_pixels else inputs
+        return self.decode(features, boxes)
 
 
 class _Run:
@@ -202,7 +203,7 @@ class _Run:
                 "a multiple of them"
             )
         data.check_apart(train, val)
-        self.segmenter, self.network, self.config = segmenter, segmenter.network, config
+        self.segmenter, self.network, self.config = segmenter, segmenter.model, config
         self.folder, self.report = folder, report
         self.mixed = config.mixed_precision
         if self.mixed is None:
@@ -326,7 +327,7 @@ class _Run:
         )
 
     def _target(self, truth, resized):
-        grid = self.network.grid
+        grid = self.segmenter.grid
         height, width = (
             max(1, round(side * grid / self.segmenter.preprocessing.input_size)) for side in resized
         )
@@ -354,7 +355,7 @@ class _Run:
         if self.from_pixels:
             self._add_adapters()
         for part in set(config.parts) - {"lora"}:
-            network.get_submodule(network.parts[part]).requires_grad_(True)
+            network.get_submodule(part.replace(" ", "_")).requires_grad_(True)
         for name, weight in network.named_parameters():
             if name.endswith("positional_embedding"):  # fixed random frequencies, as SAM has them
                 weight.requires_grad_(False)
@@ -375,7 +376,7 @@ class _Run:
             self.scheduler.load_state_dict(state["scheduler"])
             self.average, self.best = state["average"], state["best"]
             self.best_epoch, self.history = state["best_epoch"], state["history"]
-        self.forward = _Forward(network, self.from_pixels)
+        self.forward = _Forward(self.segmenter, self.from_pixels)
         if self.world > 1:
             # The quality head gets no gradient.
             self.forward = torch.nn.parallel.DistributedDataParallel(
@@ -390,16 +391,15 @@ class _Run:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["qkv"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            encoder = LoraModel(network.get_submodule(network.encoder), config, "default")
-        network.set_submodule(network.encoder, encoder)
+            encoder = LoraModel(network.vision_encoder, config, "default")
+        network.vision_encoder = encoder
 
     def _leave(self):
         """Leave the segmenter with the best weights, whatever ended the run."""
         self._load(self.best)
         network = self.network.requires_grad_(False)
         if self.from_pixels:
-            encoder = network.get_submodule(network.encoder)
-            network.set_submodule(network.encoder, encoder.merge_and_unload())
+            network.vision_encoder = network.vision_encoder.merge_and_unload()
         self.segmenter.title = f"{self.segmenter.preprocessing.title}, fine-tuned"
 
     def _copy(self):
@@ -506,7 +506,7 @@ class _Run:
         for example, truth in list(zip(self.val_examples, self.val_truths))[share]:
             inputs, boxes, targets = self._batch([example], [example.box])
             features = self.segmenter.encode(inputs) if self.from_pixels else inputs
-            logits = self.network.decode(features, boxes)[:, None].float()
+            logits = self.segmenter.decode(features, boxes)[:, None].float()
             losses = [
                 self.losses[name](logits, targets).item() for name in (self.config.loss, "dice")
             ]
