@@ -968,14 +968,22 @@ def _rectangle(axes, box):
 finish, grid = _finish, _grid
 
 
-def overlay(image, truth=None, prediction=None, box=None, axes=None):
-    """Show an image with the contours of its truth and its prediction, and with a box."""
-    axes = plt.subplots(layout="constrained")[1] if axes is None else axes
-    axes.imshow(image)
+def overlay(image, truth=None, prediction=None, box=None, *, axes=None):
+    """Show an image with the contours of its truth and its prediction, and with boxes."""
+    axes = axes or plt.subplots(layout="constrained")[1]
     axes.set_axis_off()
+    if image is not None:
+        axes.imshow(image)
     for mask, colour in ((truth, TRUTH), (prediction, PREDICTION)):
         if mask is not None:
             _contour(axes, mask, colour)
-    if box is not None:
-        _rectangle(axes, box)
+    for sides in np.reshape([] if box is None else box, (-1, 4)):
+        _rectangle(axes, sides)
     return axes.figure
+
+
+def legend(figure, *names):
+    """Explain contours below a figure."""
+    colours = {"truth": TRUTH, "prediction": PREDICTION}
+    handles = [plt.Line2D([], [], color=colours[name], label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
