@@ -16,9 +16,9 @@ def report(image, finding):
     figure, (cell, bars) = plt.subplots(
         1, 2, figsize=(9, 4), width_ratios=(3, 1.4), layout="constrained"
     )
-    plots.overlay(image, axes=cell)
-    for mask, box in zip(finding.masks, finding.boxes):
-        plots.overlay(image, prediction=mask, box=box, axes=cell)
+    plots.overlay(image, box=finding.boxes, axes=cell)
+    for mask in finding.masks:
+        plots.overlay(None, prediction=mask, axes=cell)
     cell.set_title("\n".join([_lesions(finding), *finding.warnings]), fontsize=9, wrap=True)
     for label, probability in finding.probabilities.items():
         alpha = 1 if label in finding.prediction_set else 0.4
@@ -75,9 +75,7 @@ def failures(failed, findings, title, columns=4):
         image, mask = data.read_image(row.image_path), findings[row.image_id].mask
         plots.overlay(image, data.read_truth(row), mask, axes=cell)
         cell.set_title(f"{row.image_id}: {row.cause}, Dice {row.dice:.2f}", fontsize=8)
-    names = {"truth": plots.TRUTH, "prediction": plots.PREDICTION}
-    handles = [plt.Line2D([], [], color=colour, label=name) for name, colour in names.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    plots.legend(figure, "truth", "prediction")
     return plots.finish(figure, failed, title)
 
 
