@@ -963,3 +963,6 @@ def _rectangle(axes, box):
             linewidth=1.4,
         )
     )
+
+
+finish, grid = _finish, _grid
