@@ -43,10 +43,10 @@ class Bright:
             self.act(int(image[0, 0, 0]))
         probability = image[..., 0] / np.float32(255)
         mask = probability > 0.5
-        names = dict(zip(data.LABELS, (0.2, 0.3, 0.5)))
+        classes = dict(zip(data.LABELS, (0.2, 0.3, 0.5)))
         box = np.array([[1, 2, 3, 4]], np.float32)
         return pipeline.Finding(
-            [mask], box, names, ("benign",), [0.5], probability, probability, ()
+            [mask], box, classes, ("benign",), [0.5], probability, probability, ()
         )
 
 
@@ -124,9 +124,9 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     segmenter = sam.load("tiny", "cpu")
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
-    measures = np.random.default_rng(0).standard_normal((3, len(diagnosis.MEASURES))) / 9
+    features = np.random.default_rng(0).standard_normal((3, len(diagnosis.FEATURES))) / 9
     classifier = diagnosis.Diagnosis(
-        measures, np.zeros(3), {label: np.linspace(0, 1, 40) for label in data.LABELS}
+        features, np.zeros(3), {label: np.linspace(0, 1, 40) for label in data.LABELS}
     )
     detectors = [detector.LesionDetector(channels, 64, 8).eval()]
     rules = pipeline.Rules(normal=0.9)
@@ -332,7 +332,7 @@ def test_a_dicom_in_parquet(alone, tmp_path):
     assert summary.errors == []
 
 
-def test_a_stopped_run_goes_on(alone, folder, tmp_path):
+def test_a_stopped_run_resumes(alone, folder, tmp_path):
     seen = []
 
     def interrupt(number):
