@@ -1,5 +1,6 @@
 """Read any frame a user may bring, PNG, JPEG or DICOM, and say what makes it unfit for the pipeline."""
 
+import io
 from pathlib import Path
 
 import cv2
@@ -14,42 +15,37 @@ PHOTO_SHARE = 0.5  # of coloured pixels: a colour box never fills a whole frame
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")
 
 
-def read(path, frame=None):
+def read(path, frame=None, content=None):
     """Read a frame as uint8 (H, W, 3) RGB.
 
     Args:
         path: PNG, JPEG or another file that Pillow knows, 8 bits a channel; or DICOM, whose window
             (VOI LUT) is applied.
         frame: which frame of a DICOM with several, from 0.
+        content: bytes of the file, where they are at hand; `path` is then only its name.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: no image, cut off, or deeper than 8 bits; a DICOM without pixel data, with several
             frames and none chosen, or compressed in a way that nothing here reads.
     """
-    path = Path(path)
-    if not path.is_file():
+    if content is None and not Path(path).is_file():
         raise FileNotFoundError(f"there is no image file {str(path)!r}")
-    if not _is_dicom(path):
-        return read_image(path)
-    return read_dicom(path, frame)
+    with open(path, "rb") if content is None else io.BytesIO(content) as file:
+        named = str(path).lower().endswith((".dcm", ".dicom"))
+        dicom = named or file.read(132)[128:] == b"DICM"
+        file.seek(0)
+        if dicom:
+            return _read_dicom(path, frame, file)
+        return np.array(open_image(path, file=file).convert("RGB"))
 
 
-def _is_dicom(path):
-    with open(path, "rb") as file:
-        return path.suffix.lower() in (".dcm", ".dicom") or file.read(132)[128:] == b"DICM"
-
-
-def read_dicom(path, frame):
-    """Read a DICOM whatever its name; the arguments, what it returns and raises are those of `read`.
-
-    `path` may also be an open binary file.
-    """
+def _read_dicom(path, frame, file):
     import pydicom
     from pydicom import pixels
 
     try:
-        dataset = pydicom.dcmread(path)
+        dataset = pydicom.dcmread(file)
     except (pydicom.errors.InvalidDicomError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a whole DICOM file ({error}); export it again") from error
     if "PixelData" not in dataset:
@@ -153,10 +149,10 @@ def read_mask(paths, shape):
     return joined
 
 
-def open_image(path, pixels=True):
-    """Open an image file; with `pixels=False` only its header is read."""
+def open_image(path, pixels=True, file=None):
+    """Open an image, or its open `file`; with `pixels=False` only its header is read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file or path) as image:
             # Pillow would keep the high byte of 16-bit colours, and say nothing.
             deep = any("16" in str(tile[3]) for tile in image.tile)
             if pixels:

@@ -1,7 +1,7 @@
 import functools
 import gc
+import importlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -20,9 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
+import helpers
 from helpers import data, pipeline, sam
 from helpers.pipeline import detector, diagnosis
-from helpers.scale import bulk, ray_cluster
+from helpers.scale import bulk, ray_cluster, shards
 
 
 class Bright:
@@ -42,20 +43,21 @@ class Bright:
             self.act(int(image[0, 0, 0]))
         probability = image[..., 0] / np.float32(255)
         mask = probability > 0.5
-        names = dict(zip(data.LABELS, (0.2, 0.3, 0.5)))
+        classes = dict(zip(data.LABELS, (0.2, 0.3, 0.5)))
         box = np.array([[1, 2, 3, 4]], np.float32)
         return pipeline.Finding(
-            [mask], box, names, ("benign",), [0.5], probability, probability, ()
+            [mask], box, classes, ("benign",), [0.5], probability, probability, ()
         )
 
 
-def slow(flag):
-    """Return a stand-in that takes a while, and kills its own process at image 40, once."""
+def slow(flag, deaths=1):
+    """Return a stand-in that takes a while, and kills its own process at image 40, as often as asked."""
 
     def act(number):
         time.sleep(0.05)
-        if number == 40 and not Path(flag).exists():
-            Path(flag).touch()
+        if number == 40 and len(Path(flag).read_bytes()) < deaths:
+            with open(flag, "ab") as file:
+                file.write(b"x")
             os.kill(os.getpid(), signal.SIGKILL)
 
     return Bright(act)
@@ -66,6 +68,10 @@ def broken():
         raise RuntimeError(f"no memory for {number}")
 
     return Bright(act)
+
+
+def no_model():
+    return 1 / 0
 
 
 def picture(number):
@@ -94,11 +100,10 @@ def folder(tmp_path):
 def alone(monkeypatch):
     """Do the work in this process, without Ray."""
 
-    def results(tasks, source, out, model, workers, keep, columns):
-        worker = bulk.Worker(str(source), str(out), model, keep, columns)
-        for task in tasks:
-            row = worker({"task": np.array([json.dumps(task)])})
-            yield {name: values[0] for name, values in row.items()}
+    def results(todo, workers, *job):
+        worker = bulk.Worker(*job)
+        for shard in todo:
+            yield shard, worker.work(shard)
 
     monkeypatch.setattr(bulk, "_results", results)
 
@@ -119,9 +124,9 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     segmenter = sam.load("tiny", "cpu")
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
-    measures = np.random.default_rng(0).standard_normal((3, len(diagnosis.MEASURES))) / 9
+    features = np.random.default_rng(0).standard_normal((3, len(diagnosis.FEATURES))) / 9
     classifier = diagnosis.Diagnosis(
-        measures, np.zeros(3), {label: np.linspace(0, 1, 40) for label in data.LABELS}
+        features, np.zeros(3), {label: np.linspace(0, 1, 40) for label in data.LABELS}
     )
     detectors = [detector.LesionDetector(channels, 64, 8).eval()]
     rules = pipeline.Rules(normal=0.9)
@@ -168,7 +173,10 @@ def test_a_folder_on_ray_from_the_command_line(ray, weights, folder, tmp_path, c
     finding = pipe.segment(image, embedding)
     row = scores.loc["more/8.png"]
     assert row[list(data.LABELS)].to_dict() == pytest.approx(finding.probabilities, abs=0.02)
-    assert row.boxes == pipeline.summary(finding)["boxes"]
+    summary = pipeline.summary(finding)
+    assert set(summary) < set(scores.columns)
+    assert row.boxes == summary["boxes"]
+    assert row.prediction_set == summary["prediction_set"]
     kept = {
         what: bulk.read(out, what).to_table().to_pandas().set_index("name").loc["more/8.png"]
         for what in bulk.KEPT
@@ -186,9 +194,10 @@ def test_a_folder_on_ray_from_the_command_line(ray, weights, folder, tmp_path, c
 def test_kills_of_driver_and_worker_lose_no_image(ray, tmp_path):
     """The driver that is killed joins the Ray of this process by its address, as it would a cluster."""
     source, out, flag = tmp_path / "in.parquet", tmp_path / "out", tmp_path / "flag"
-    table(source, range(56))
+    flag.touch()
+    table(source, range(56), rows=4)
     script = (
-        "import functools, ray, test_bulk; from helpers import bulk; "
+        "import functools, ray, test_bulk; from helpers.scale import bulk; "
         "ray.cloudpickle.register_pickle_by_value(test_bulk); "
         f"model = functools.partial(test_bulk.slow, {str(flag)!r}); "
         f"bulk.run({str(source)!r}, {str(out)!r}, model, batch=4, workers=1)"
@@ -213,7 +222,7 @@ def test_kills_of_driver_and_worker_lose_no_image(ray, tmp_path):
     written = {path: path.stat().st_mtime_ns for path in out.glob("scores/part-*")}
     assert 3 <= len(written) < 14
     summary = bulk.run(source, out, functools.partial(slow, str(flag)), batch=4, quiet=True)
-    assert flag.exists()  # a worker was killed too
+    assert flag.read_bytes() == b"x"  # a worker was killed too
     assert summary.already >= 4 * len(written)
     assert (summary.images, summary.failed) == (56, 0)
     assert {path: path.stat().st_mtime_ns for path in written} == written
@@ -222,9 +231,34 @@ def test_kills_of_driver_and_worker_lose_no_image(ray, tmp_path):
         assert not list(out.glob(f"{what}/.*"))
 
 
+def test_a_shard_at_which_workers_die_is_named(ray, tmp_path):
+    source, out, flag = tmp_path / "in.parquet", tmp_path / "out", tmp_path / "flag"
+    flag.touch()
+    table(source, range(36, 48), rows=4)
+    model = functools.partial(slow, str(flag), deaths=3)
+    name = (
+        r"part-000000000004.parquet, the row groups 1 to 1 of \S+in.parquet; what is done is kept"
+    )
+    with pytest.raises(RuntimeError, match=rf"stopped \(workers died 3 times\) at {name}"):
+        bulk.run(source, out, model, batch=4, workers=1, quiet=True)
+    assert names(out) == [f"image {number}" for number in range(36, 40)]
+    summary = bulk.run(source, out, model, batch=4, workers=1, quiet=True)
+    assert (summary.already, summary.images, summary.failed) == (4, 12, 0)
+    assert names(out, "masks") == [f"image {number}" for number in range(36, 48)]
+
+
 def test_what_stops_a_worker_is_named(ray, folder, tmp_path):
-    with pytest.raises(RuntimeError, match=r"stopped \(RuntimeError: not one of .* no memory for"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"stopped \(RuntimeError: not one of 12 .* no memory for .*\) at part-0+.parquet, the files "
+        r"0.png to more/9.png; what is done",
+    ):
         bulk.run(folder, tmp_path / "out", broken, workers=1, quiet=True)
+    assert not list((tmp_path / "out").rglob("part-*"))
+    with pytest.raises(
+        RuntimeError, match=r"stopped \(ZeroDivisionError: .*\) while the model was"
+    ):
+        bulk.run(folder, tmp_path / "no model", no_model, workers=1, quiet=True)
     with pytest.raises(ValueError, match="99 workers need as many cores, Ray has"):
         bulk.run(folder, tmp_path / "other", broken, workers=99, quiet=True)
 
@@ -250,10 +284,10 @@ def test_parquet_by_uri_in_its_order(alone, tmp_path):
 
 def test_a_bucket(alone, folder, tmp_path, monkeypatch):
     """pyarrow's file system in memory stands in for a bucket: it knows no rename either."""
-    bucket, own = pa.fs._MockFileSystem(), bulk._place
+    bucket, own = pa.fs._MockFileSystem(), shards.place
     monkeypatch.setattr(
-        bulk,
-        "_place",
+        shards,
+        "place",
         lambda path: (bucket, str(path)[5:]) if str(path).startswith("s3://") else own(path),
     )
     pa.fs.copy_files(str(folder), "box/in", destination_filesystem=bucket)
@@ -272,7 +306,7 @@ def test_a_damaged_parquet_is_named(alone, tmp_path):
     middle = pq.ParquetFile(path).metadata.row_group(1).column(1).data_page_offset
     content[middle : middle + 60] = bytes(60)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="in.parquet can't be read between the rows 5 and 10"):
+    with pytest.raises(ValueError, match="the row groups 1 to 1 of .*in.parquet can't be read"):
         bulk.run(path, tmp_path / "out", Bright, batch=5, quiet=True)
     assert len(names(tmp_path / "out")) == 5
 
@@ -298,7 +332,7 @@ def test_a_dicom_in_parquet(alone, tmp_path):
     assert summary.errors == []
 
 
-def test_a_stopped_run_goes_on(alone, folder, tmp_path):
+def test_a_stopped_run_resumes(alone, folder, tmp_path):
     seen = []
 
     def interrupt(number):
@@ -317,34 +351,6 @@ def test_a_stopped_run_goes_on(alone, folder, tmp_path):
     assert seen == [*range(7), 7, 7, 8, 9]
     assert names(out) == sorted(names(out))
     assert bulk.run(folder, out, model, batch=3, quiet=True).already == 12
-
-
-def test_an_image_that_kills_its_workers_is_passed_over(alone, folder, tmp_path):
-    out = tmp_path / "out"
-
-    def kill(number):
-        if number == 3:
-            raise SystemExit  # as good as a kill: nothing is written after it
-
-    model = functools.partial(Bright, kill)
-    for _ in range(3):
-        with pytest.raises(SystemExit):
-            bulk.run(folder, out, model, quiet=True)
-    summary = bulk.run(folder, out, model, quiet=True)
-    assert "3.png: ValueError: its worker died of it, more than once" in summary.errors
-    assert (summary.images, summary.failed) == (12, 3)
-    assert [path.name for path in (out / "scores").iterdir()] == ["part-000000000000.parquet"]
-
-
-def test_workers_that_die_of_any_image_stop_the_run(alone, folder, tmp_path):
-    def kill(number):
-        raise SystemExit
-
-    for _ in range(7):
-        with pytest.raises(SystemExit):
-            bulk.run(folder, tmp_path / "out", functools.partial(Bright, kill), quiet=True)
-    with pytest.raises(RuntimeError, match="workers died of 3 images, such as '2.png'"):
-        bulk.run(folder, tmp_path / "out", functools.partial(Bright, kill), quiet=True)
 
 
 def test_output_of_another_run_is_refused(alone, folder, tmp_path):
@@ -366,7 +372,7 @@ def test_output_of_another_run_is_refused(alone, folder, tmp_path):
 
 
 def test_scores_that_are_not_there_are_missed(alone, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk.Worker, "_write", lambda *_: None)
+    monkeypatch.setattr(bulk.Worker, "work", lambda *_: (0, 1))
     with pytest.raises(RuntimeError, match="holds scores of 0 images, the source 12; on a cluster"):
         bulk.run(folder, tmp_path / "out", Bright, quiet=True)
 
@@ -407,32 +413,41 @@ def test_sources_that_cannot_be_read_are_named(alone, tmp_path):
 
 def test_a_source_that_a_worker_does_not_see_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{socket.gethostname()} does not see .*elsewhere"):
-        bulk.Worker(str(tmp_path / "elsewhere"), str(tmp_path), Bright, (), ())
+        bulk.Worker(
+            shards.place(tmp_path / "elsewhere"), shards.place(tmp_path), Bright, (), ()
+        ).ready()
 
 
-def test_a_large_row_group_is_dealt_out_in_few_pieces():
-    def sizes(largest, images=1000, batch=10):
-        parts = [
-            {"number": row, "images": batch, "path": "x", "row": row, "largest": largest}
-            for row in range(0, images, batch)
-        ]
-        return [sum(part["images"] for part in task) for task in bulk._tasks(parts)]
-
-    assert sizes(100) == [10] * 100
-    assert sizes(1000) == [70] * 14 + [20]
-    gap = [{"number": n, "images": 5, "path": "x", "row": n, "largest": 900} for n in (0, 5, 15)]
-    assert [[part["number"] for part in task] for task in bulk._tasks(gap)] == [[0, 5], [15]]
+def test_shards_are_whole_row_groups_of_one_file(tmp_path):
+    for name, numbers, rows in (
+        ("a", range(11), 3),
+        ("b", range(11, 20), 9),
+        ("c", range(20, 24), 1),
+    ):
+        table(tmp_path / f"{name}.parquet", numbers, rows)
+    found, _ = shards.cut(pa.fs.LocalFileSystem(), str(tmp_path), ("name", "image"), 7)
+    cut = [(shard.number, shard.images, Path(shard.path).stem, shard.groups) for shard in found]
+    assert cut == [
+        (0, 6, "a", (0, 1)),
+        (6, 5, "a", (2, 3)),
+        (11, 9, "b", (0,)),
+        (20, 4, "c", (0, 1, 2, 3)),
+    ]
 
 
 def test_a_large_row_group_is_never_in_memory_whole(tmp_path):
     path = tmp_path / "in.parquet"
     random = np.random.default_rng(0)
-    table(path, [0] * 6000, image=[random.bytes(20_000) for _ in range(6000)])
+    table(path, [0] * 6000, 6000, image=[random.bytes(20_000) for _ in range(6000)])
     before = pa.total_allocated_bytes()
-    rows = bulk._rows(pa.fs.LocalFileSystem(), str(path), ("name", "image"), 3000, 3256)
-    assert len(next(rows)[1]) == 20_000
-    assert pa.total_allocated_bytes() - before < path.stat().st_size / 2
-    assert len(list(rows)) == 255
+    shard = shards.Shard(0, 6000, path=str(path), groups=(0,))
+    images = shards.read(pa.fs.LocalFileSystem(), "", shard, ("name", "image"))
+    read, most = 0, 0
+    for _, content in images:
+        read += len(content())
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert read == 6000 * 20_000
+    assert most < path.stat().st_size / 2
 
 
 # ------------------------------------------------------------------------------------ the cluster
@@ -475,7 +490,7 @@ def test_an_address_that_answers_is_joined(unstarted, monkeypatch):
     ((words, settings),) = unstarted
     assert words == (address,)
     assert settings["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "1"
-    assert settings["runtime_env"]["py_modules"] == [str(Path(ray_cluster.__file__).parent)]
+    assert settings["runtime_env"]["py_modules"] == [str(Path(helpers.__file__).parent)]
 
 
 def test_a_cluster_that_refuses(unstarted, monkeypatch):
@@ -507,7 +522,9 @@ def test_little_shared_memory(unstarted, monkeypatch):
     assert len(unstarted) == 1
 
 
-def test_without_ray(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match="pip install -r requirements-scale.txt"):
-        ray_cluster.start()
+@pytest.mark.parametrize("missing", ["ray", "optuna"])
+def test_what_is_missing_is_named(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    message = f"needs {missing}, which .* say `pip install -r requirements-scale.txt`"
+    with pytest.raises(ImportError, match=message):
+        importlib.reload(helpers.scale)

@@ -1,18 +1,20 @@
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 
-from helpers import data, results
+from helpers import data, plots, results
 from helpers.sam import finetune
-from helpers.scale import ray_cluster, search
+from helpers.scale import plot, ray_cluster, search
 
 FAST = {"epochs": 2, "batch_size": 2}
 
@@ -69,7 +71,7 @@ def test_an_empty_range_is_refused(arguments, message):
     [
         (
             {"learning_speed": [1.0]},
-            "'learning_speed' is no choice of decoder; choose among epochs,",
+            "'learning_speed' is no hyper-parameter of decoder; choose among epochs,",
         ),
         ({"loss": []}, "no value for 'loss'; list at least one"),
         ({}, "the search space is empty"),
@@ -87,7 +89,7 @@ def test_a_faulty_space_is_refused_before_anything_starts(task, space, message, 
 def test_an_unknown_model_or_fixed_choice_is_refused(task):
     with pytest.raises(ValueError, match="model 'resnet' is none of decoder, unet, vgg"):
         search.Task("resnet", task.train, task.val)
-    with pytest.raises(ValueError, match="'width' is no choice of decoder"):
+    with pytest.raises(ValueError, match="'width' is no hyper-parameter of decoder"):
         search.Task("decoder", task.train, task.val, {"width": 4})
 
 
@@ -151,21 +153,6 @@ def test_importance_finds_the_choice_that_matters():
         search.importance(table.head(1))
 
 
-def test_recipes_are_compared_on_the_same_images():
-    rows = [
-        {"recipe": recipe, "seed": seed, "image_id": k, "group": k, "score": 0.1 * k + gain}
-        for recipe, gain in (("default", 0.0), ("winner", 0.2))
-        for seed in (0, 1)
-        for k in range(5)
-    ]
-    default, winner = search.compare(pd.DataFrame(rows), "default").to_dict("records")
-    assert default["mean"] == pytest.approx(0.2)
-    assert default["seed 1"] == pytest.approx(0.2)
-    assert winner["gain"] == pytest.approx(0.2)
-    assert winner["gain_low"] == pytest.approx(0.2)  # paired: the images' spread cancels
-    assert winner["low"] < winner["mean"] < winner["high"]
-
-
 def test_a_listed_search_is_run_kept_and_read_again(task, tmp_path, monkeypatch):
     settings = [{"seed": 0}, {"learning_rate": 1e30, "seed": 0}]
     table = search.grid(task, settings, "listed")
@@ -173,7 +160,8 @@ def test_a_listed_search_is_run_kept_and_read_again(task, tmp_path, monkeypatch)
     assert table.outcome[0] == "finished"
     assert len(table.curve[0]) == FAST["epochs"]
     assert table.score[0] == pytest.approx(max(table.curve[0]))
-    assert table.outcome[1].startswith("failed: the loss became nan in epoch")
+    assert table.outcome[1].startswith("failed: the loss ")
+    assert "nan" in table.outcome[1]
     assert np.isnan(table.score[1])
     assert table.versions[0]["torch"]
 
@@ -208,16 +196,15 @@ def test_a_sampled_search_and_its_winner_on_the_test_fold(task, lesions, tmp_pat
     first = {"learning_rate": finetune.Config.learning_rate, "loss": finetune.Config.loss}
     assert first in found.setting.tolist()
 
-    recipes = {"default": {}, "winner": search.winner(found)}
+    configs = {"default": {}, "winner": search.winner(found)}
     rows = data.scored(lesions, "test", 2)
-    read = search.read_test(task, recipes, rows, seeds=(0,), path=tmp_path / "tuned")
-    assert read.recipe.tolist() == ["default"] * len(rows) + ["winner"] * len(rows)
-    table = results.load_all(tmp_path / "tuned")
-    assert sorted(table.model) == ["mask decoder, default", "mask decoder, winner"]
-    means = read.groupby("recipe").score.mean()
-    assert table.set_index("model").score["mask decoder, winner"] == pytest.approx(
-        means["winner"], abs=1e-4
-    )
+    read = search.read_test(task, configs, rows, seeds=(0,), path=tmp_path / "tuned")
+    assert read.config.tolist() == ["default"] * len(rows) + ["winner"] * len(rows)
+    table = results.load_all(tmp_path / "tuned").set_index("key")
+    assert sorted(table.index) == ["decoder-default", "decoder-winner"]
+    assert table.title["decoder-winner"] == "mask decoder, winner"
+    means = read.groupby("config").score.mean()
+    assert table.score["decoder-winner"] == pytest.approx(means["winner"], abs=1e-4)
 
 
 def test_searches_of_one_name_lie_side_by_side(tmp_path):
@@ -228,21 +215,27 @@ def test_searches_of_one_name_lie_side_by_side(tmp_path):
 
 
 def test_a_range_of_whole_numbers_draws_whole_numbers(task):
+    import optuna
+
     space = {"epochs": search.Range(1, 3), "batch_size": search.Range(1, 8, log=True)}
-    domains = search._domains({"space": space | {"weight_decay": search.Range(0.0, 1.0)}})
-    drawn = {name: {domain.sample() for _ in range(200)} for name, domain in domains.items()}
-    assert drawn["epochs"] == {1, 2, 3}
-    assert drawn["batch_size"] == set(range(1, 9))
-    assert len(drawn["weight_decay"]) == 200
+    space["weight_decay"] = search.Range(0.0, 1.0)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    ranges = {name: values.distribution for name, values in space.items()}
+    asked = pd.DataFrame([study.ask(ranges).params for _ in range(200)])
+    assert set(asked.epochs) == {1, 2, 3}
+    assert set(asked.batch_size) == set(range(1, 9))
+    assert asked.weight_decay.nunique() == 200
     assert search._largest(task, space, "epochs") == 3
-    assert search._largest(task, space, "views") == 1
+    assert search._largest(task, space, "augmentations") == 1
 
 
-def test_a_search_starts_near_the_default():
-    assert search._nearest(0.0, search.Range(1e-4, 0.3, log=True)) == 1e-4
-    assert search._nearest(0.1, search.Range(1e-4, 0.3, log=True)) == 0.1
-    assert search._nearest("mse", ["dice", "mse"]) == "mse"
-    assert search._nearest("mse", ["dice", "focal"]) == "dice"
+def test_a_search_starts_near_the_default(task):
+    assert search.Range(1e-4, 0.3, log=True).nearest(0.0) == 1e-4
+    assert search.Range(1e-4, 0.3, log=True).nearest(0.1) == 0.1
+    space = {"batch_size": [4, 2], "loss": ["dice", "mse"]}
+    plan = {"space": space, "trials": 2, "seed": 0}
+    [first] = search._strategy(task, plan)["search_alg"]._points_to_evaluate
+    assert first == {"batch_size": 2, "loss": "dice"}
 
 
 SLOW = """
@@ -288,10 +281,98 @@ def test_a_killed_search_goes_on_without_what_was_done(task, tmp_path):
     psutil.wait_procs(family, timeout=20)
     done = noted()
     assert 2 <= done < 4
-    for path in runs.glob("*.pt"):
-        path.unlink()  # a trial that ran again would write it again
+    for path in runs.glob("*/history.csv"):
+        shutil.rmtree(path.parent)  # a trial that ran again would write it again
 
     table = search.grid(slow, [{"seed": seed} for seed in range(4)], "killed")
     assert sorted(setting["seed"] for setting in table.setting) == [0, 1, 2, 3]
     assert (table.outcome == "finished").all()
-    assert len(list(runs.glob("*.pt"))) == 4 - done
+    assert len(list(runs.glob("*/history.csv"))) == 4 - done
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+@pytest.fixture
+def searched():
+    rows = [
+        (0.01, "relu", [0.2, 0.5], 0.5, "finished"),
+        (0.1, "gelu", [0.3], 0.3, "stopped early"),
+        (10.0, "gelu", [], np.nan, "failed: the loss became nan"),
+    ]
+    return pd.DataFrame(
+        {
+            "setting": {"learning_rate": rate, "activation": activation, "seed": 0},
+            "curve": curve,
+            "score": score,
+            "outcome": outcome,
+        }
+        for rate, activation, curve, score, outcome in rows
+    )
+
+
+def test_a_value_that_failed_and_the_default_are_marked(lesions):
+    table = pd.DataFrame(
+        {
+            "parameter": ["loss", "loss", "width", "width"],
+            "value": ["dice", "mse", 4, 8],
+            "default": [True, False, True, False],
+            "runs": [3, 0, 3, 1],
+            "mean": [0.5, np.nan, 0.5, 0.6],
+            "low": [0.4, np.nan, 0.4, np.nan],
+            "high": [0.6, np.nan, 0.6, np.nan],
+        }
+    )
+    figure = plot.value_strips(table, lesions, "Dice", "One at a time")
+    loss, width = figure.axes[:2]
+    assert [text.get_text() for text in loss.get_yticklabels()] == ["dice", "mse (failed)"]
+    colours = [container.lines[0].get_color() for container in width.containers]
+    assert colours == [plots.BOX, plots.PREDICTION]
+    assert figure.get_suptitle().startswith("One at a time (synthetic")
+
+
+def test_the_best_trial_stands_out_and_outcomes_are_named(searched, lesions):
+    [axes] = plot.trial_curves(searched, lesions, "Dice", "Curves").axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["best", "run to the end", "stopped early by ASHA", "failed"]
+    [best] = [line for line in axes.lines if line.get_label() == "best"]
+    assert list(best.get_ydata()) == [0.2, 0.5]
+    assert axes.get_ylabel() == "validation Dice"
+
+
+def test_parallel_lines_lead_from_the_score_of_each_trial_that_has_one(searched, lesions):
+    figure = plot.parallel_coordinates(searched, lesions, "Dice", "Settings")
+    [lines] = figure.axes[0].collections
+    assert sorted(line[0, 1] for line in lines.get_segments()) == [0.3, 0.5]
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["validation Dice", "activation", "learning_rate"]
+
+
+def test_bars_show_the_importance(lesions):
+    table = trials(*(({"lr": 10.0**-k, "loss": "ab"[k % 2]}, k / 10) for k in range(8)))
+    shares = search.importance(table)
+    [axes] = plot.importance(table, lesions, "Importance").axes
+    drawn = [bar.get_width() for bar in axes.containers[0]]
+    assert drawn == pytest.approx(sorted(shares.values()))
+    assert not plot.importance(table.assign(score=0.5), lesions, "Importance").axes[0].containers
+
+
+def test_costs_of_bulk_work_are_drawn():
+    run = {"model": "pipeline", "images": 1000, "ms_per_image": 500, "peak_mb": {"all": 900}}
+    assert plot.scaling([run]).axes[0].lines[0].get_ydata().tolist() == [500]
+
+
+def test_figures_are_closed_quiet_and_leave_the_style_alone(searched, lesions, capfd):
+    before = plt.rcParams.copy()
+    figures = [
+        plot.trial_curves(searched, lesions, "Dice", "Curves"),
+        plot.importance(searched, lesions, "Importance"),
+        plot.parallel_coordinates(searched, lesions, "Dice", "Settings"),
+        plot.parallel_coordinates(searched.head(1), lesions, "Dice", "One trial"),
+        plot.parallel_coordinates(searched.tail(1), lesions, "Dice", "No score"),
+    ]
+    for figure in figures:
+        figure.draw_without_rendering()
+    assert plt.rcParams == before
+    assert plt.get_fignums() == []
+    assert capfd.readouterr() == ("", "")

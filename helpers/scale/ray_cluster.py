@@ -1,22 +1,17 @@
 """Ray for the work that goes over several cores or machines: here, or on the cluster of $RAY_ADDRESS."""
 
-import contextlib
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import joblib
 
 from helpers.images import first_line
+from helpers.quiet import quiet_stderr
 
 SHARED = Path("/dev/shm")  # where Ray keeps the objects that its processes share
 LEAST = 80 * 2**20  # bytes; Ray refuses an object store of under 75 MiB
-INSTALL = (
-    "Ray or Optuna is not installed; say `pip install -r requirements-scale.txt`, or without the "
-    'repository `pip install "ray[data,tune]" optuna`'
-)
 PATIENCE = 5  # seconds until a cluster's address must answer
 # One thread a worker: there are as many workers as cores.
 THREADS = {
@@ -35,7 +30,7 @@ QUIET = {
 }
 
 
-def start(memory=256 * 2**20):
+def start(memory: int = 256 * 2**20):
     """Join the Ray cluster that $RAY_ADDRESS names, or start Ray on this machine; say nothing.
 
     A Ray that this process already uses is used again. On this machine Ray gets every core that the
@@ -50,16 +45,13 @@ def start(memory=256 * 2**20):
         the module `ray`.
 
     Raises:
-        ImportError: Ray is not installed.
         ConnectionError: $RAY_ADDRESS is no address, nothing answers there within 5 seconds, or the
             cluster there refuses.
         RuntimeError: too little shared memory, or Ray did not start (it gives up after 30 seconds).
     """
     os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
-    try:
-        import ray
-    except ImportError:
-        raise ImportError(INSTALL) from None
+    import ray
+
     if ray.is_initialized():
         return ray
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -68,7 +60,7 @@ def start(memory=256 * 2**20):
         _check_answers(address)
         package = {"env_vars": THREADS, "py_modules": [str(Path(__file__).parent.parent)]}
         try:
-            with _silent():
+            with quiet_stderr():
                 ray.init(address, runtime_env=package, **quiet)
         except Exception as error:  # of many kinds, by what the cluster refuses
             raise ConnectionError(
@@ -79,7 +71,7 @@ def start(memory=256 * 2**20):
         return ray
     memory = _room(memory)
     try:
-        with _silent():
+        with quiet_stderr():
             ray.init(
                 "local",
                 num_cpus=joblib.cpu_count(),
@@ -96,20 +88,6 @@ def start(memory=256 * 2**20):
             "in the temporary folder"
         ) from error
     return ray
-
-
-@contextlib.contextmanager
-def _silent():
-    """Drop what is written to the process's stderr, also from C++: Ray says there that it says nothing."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _check_answers(address):

@@ -8,7 +8,7 @@ search starts its own workers, whose imports count. Memory is the proportional s
 workers, in which a page that two processes share counts half in each.
 
 What is printed are ratios within this run, for machines differ and are noisy. $BUSI_DIR names the
-images, else the phantom stands in.
+images, else synthetic ones stand in.
 """
 
 import argparse

@@ -1,0 +1,139 @@
+"""Figures of notebook 09: what each value gave, every trial of a search, what bulk work costs."""
+
+import warnings
+
+import matplotlib.pyplot as plt
+import optuna
+import pandas as pd
+from optuna.visualization import matplotlib as drawn
+
+from helpers import plots
+from helpers.scale import search
+
+OUTCOMES = {
+    "finished": ("#999999", "-", "run to the end"),
+    "stopped early": (plots.BOX, "-", "stopped early by ASHA"),
+    "failed": (plots.LABEL_COLOURS["malignant"], ":", "failed"),
+}
+
+
+def value_strips(table: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
+    """Panels, one per hyper-parameter: the mean score of each value with its interval over seeds.
+
+    Args:
+        table: from `helpers.scale.search.by_value`.
+        rows: of the index, for the title.
+        measure: "Dice" or "accuracy".
+        title: of the figure.
+    """
+    names = list(table.parameter.unique())
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    size = {"figsize": (3.6 * columns, 1.9 * lines + 0.8), "layout": "constrained"}
+    figure, cells = plt.subplots(lines, columns, squeeze=False, sharex=True, **size)
+    for cell in cells.flat[len(names) :]:
+        cell.set_axis_off()
+    for cell, name in zip(cells.flat, names):
+        part = table[table.parameter == name]
+        for place, row in enumerate(part.itertuples()):
+            colour = plots.BOX if row.default else plots.PREDICTION
+            spread = [[row.mean - row.low], [row.high - row.mean]]
+            cell.errorbar(row.mean, place, xerr=spread, fmt="o", color=colour, capsize=3)
+        told = [f"{row.value}{'' if row.runs else ' (failed)'}" for row in part.itertuples()]
+        cell.set_yticks(range(len(part)), told)
+        cell.set_ylim(len(part) - 0.4, -0.6)
+        cell.set_title(name.replace("_", " "), fontsize=10)
+    low, high = table["mean"].min(), table["mean"].max()
+    edge = max(0.02, 0.4 * (high - low))  # three seeds can have a very wide interval
+    cells[0, 0].set_xlim(low - edge, high + edge)
+    told = f"validation {measure}, 95 % interval over seeds; blue: the default"
+    figure.supxlabel(told, fontsize=10)
+    return plots.finish(figure, rows, title)
+
+
+def trial_curves(trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
+    """Score against epoch of every trial of a search, coloured by outcome, the best in front.
+
+    Args:
+        trials: from `helpers.scale.search.sample`.
+        rows, measure, title: as for `value_strips`.
+    """
+    axes = _draw(drawn.plot_intermediate_values, trials)
+    shown = trials[trials.curve.map(len) > 0]
+    best = trials.score.idxmax() if trials.score.notna().any() else None
+    for line, (place, trial) in zip(axes.lines, shown.iterrows()):
+        colour, style, _ = OUTCOMES[trial.outcome.partition(":")[0]]
+        line.set(color=colour, linestyle=style, alpha=1, label="")
+        if place == best:
+            line.set(color=plots.PREDICTION, linewidth=2.4, zorder=3, label="best")
+    for outcome in trials.outcome.str.partition(":")[0].unique():
+        colour, style, label = OUTCOMES[outcome]
+        axes.plot([], [], style, color=colour, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(title="", xlabel="epoch", ylabel=f"validation {measure}")
+    axes.legend(frameon=False, fontsize=9)
+    return _finish(axes, (7, 3.6), rows, title)
+
+
+def importance(trials: pd.DataFrame, rows: pd.DataFrame, title: str, seed: int = 0) -> plt.Figure:
+    """Bars: the share of the score's variance that each hyper-parameter explains; none where it is 0.
+
+    Args:
+        trials, seed: as for `helpers.scale.search.importance`.
+        rows, title: as for `value_strips`.
+    """
+    varied = trials if search.importance(trials, seed) else trials.head(0)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    axes = _draw(drawn.plot_param_importances, varied, evaluator=evaluator)
+    axes.get_legend().remove()
+    axes.set_title("", loc="left")
+    axes.set(xlabel="share of the variance of the score (fANOVA)", ylabel="")
+    return _finish(axes, (6, 3), rows, title)
+
+
+def parallel_coordinates(
+    trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str
+) -> plt.Figure:
+    """A line per trial, from its score through its values; the better the darker.
+
+    Args:
+        trials: from `helpers.scale.search.sample`; those without a score are left out.
+        rows, measure, title: as for `value_strips`.
+    """
+    axes = _draw(drawn.plot_parallel_coordinate, trials, target_name=f"validation {measure}")
+    axes.set_title("")
+    return _finish(axes, (11, 4.4), rows, title)
+
+
+def scaling(runs: list[dict]) -> plt.Figure:
+    """Two panels: milliseconds per image and peak memory against the number of images in a bulk run.
+
+    Args:
+        runs: as in `helpers.results.load_scaling`.
+    """
+    figure, (cost, memory) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for model, colour in zip(
+        dict.fromkeys(run["model"] for run in runs), (plots.PREDICTION, plots.BOX)
+    ):
+        part = [run for run in runs if run["model"] == model]
+        images, about = [run["images"] for run in part], {"color": colour, "label": model}
+        cost.plot(images, [run["ms_per_image"] for run in part], "o", **about)
+        memory.plot(images, [run["peak_mb"]["all"] for run in part], "o", **about)
+    cost.set(xscale="log", xlabel="images", ylabel="milliseconds per image", yscale="log")
+    memory.set(xscale="log", xlabel="images", ylabel="peak memory of all processes (MB)")
+    memory.set_ylim(0, None)
+    cost.legend(frameon=False)
+    return plots.finish(figure, None, "Cost of an image, and memory, against the number of images")
+
+
+def _draw(draw, trials, **words):
+    """Return the Axes of an Optuna figure, which else changes the style of every later figure and warns."""
+    layout = {"figure.constrained_layout.use": True}
+    with plt.rc_context(layout), warnings.catch_warnings(action="ignore"):
+        return draw(search.study(trials), **words)
+
+
+def _finish(axes, size, rows, title):
+    axes.set_facecolor("white")
+    axes.figure.set(size_inches=size, layout_engine="constrained")
+    return plots.finish(axes.figure, rows, title)
