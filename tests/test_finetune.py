@@ -45,7 +45,7 @@ def any_epoch_is_better(monkeypatch):
 
 
 def weights(segmenter):
-    return {name: value.clone() for name, value in segmenter.network.state_dict().items()}
+    return {name: value.clone() for name, value in segmenter.model.state_dict().items()}
 
 
 def changed(before, segmenter):

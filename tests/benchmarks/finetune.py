@@ -103,14 +103,14 @@ def measured(loop, *arguments):
 def usual_loop(checkpoint, precision, train, val, epochs, scratch):
     """What the tutorials do; the padding of the truth is the only thing they do otherwise."""
     segmenter = sam.load(checkpoint, "cpu")
-    network = segmenter.network.to(memory_format=torch.contiguous_format)
+    segmenter.model.to(memory_format=torch.contiguous_format)
 
     def logits(row):
         image = data.read_image(row.image_path)
         pixels, [resized] = sam.preprocess([image], segmenter.preprocessing)
         truth = data.read_truth(row)
         box = sam.scale_box(prompts.mask_to_box(truth), truth.shape, resized)
-        return network.encode(pixels), box[None], truth, resized
+        return segmenter.encode(pixels), box[None], truth, resized
 
     return learn(segmenter, train, val, epochs, logits, time.perf_counter())
 
@@ -130,7 +130,7 @@ def limit_loop(checkpoint, precision, train, val, epochs, scratch):
 
 def learn(segmenter, train, val, epochs, example, begun):
     """Train the mask decoder; return the seconds since `begun` and the last validation loss."""
-    decoder = segmenter.network.get_submodule(segmenter.network.parts["mask decoder"])
+    decoder = segmenter.model.mask_decoder
     decoder.requires_grad_(True)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=LEARNING_RATE)
     criterion = DiceCELoss(sigmoid=True, squared_pred=True)
@@ -138,7 +138,7 @@ def learn(segmenter, train, val, epochs, example, begun):
     def loss_of(batch):
         features, boxes, truths, sizes = zip(*map(example, batch))
         with segmenter.autocast():
-            logits = segmenter.network.decode(torch.cat(features), torch.cat(boxes))
+            logits = segmenter.decode(torch.cat(features), torch.cat(boxes))
         logits = logits[:, None].float()
         targets = torch.stack(
             [
