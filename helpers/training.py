@@ -88,7 +88,7 @@ def fit(
     from_start: bool = False,
     mixed: bool = False,
     write_every: float = 10,
-    report: Callable[[list[dict]], None] = lambda history: None,
+    report: Callable[[list[dict]], None] | None = None,
     description: str = "training",
 ) -> pd.DataFrame:
     """Train what requires gradients; the network is left in evaluation mode with the best weights.
@@ -128,14 +128,14 @@ def fit(
     if run.finished:
         _set(weights, _read(run, "weights.pt")["best"])
         return run.history()
-    if not isinstance(train_set, Dataset):
-        train_set = train_set()
     rank, world = processes()
     device = next(network.parameters()).device
     if config.batch_size % world:
         raise ValueError(
             f"batch_size {config.batch_size} can't be shared by {world} processes; make it a multiple of them"
         )
+    if not isinstance(train_set, Dataset):
+        train_set = train_set()
     sign = 1 if greater_is_better or not metric else -1
     epochs = _Epochs(
         network, weights, train_set, config, run, validate, metric, sign, report, write_every
@@ -220,7 +220,7 @@ class _Epochs(TrainerCallback):
     validate: Callable
     metric: str
     sign: int
-    report: Callable
+    report: Callable | None
     write_every: float
 
     def __post_init__(self):
@@ -299,7 +299,8 @@ class _Epochs(TrainerCallback):
         if self.metric:
             value = self.history[-1][self.metric]
             self.progress.set_postfix_str(f"{self.metric.replace('_', ' ')} {value:.3f}")
-        self.report(self.history)
+        if self.report:
+            self.report(self.history)
 
     def close(self, record, begun):
         """Validate, add to the history, keep the weights where they are the best, write a checkpoint."""
