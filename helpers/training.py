@@ -127,6 +127,7 @@ def fit(
     weights = _trainable(network)
     if run.finished:
         _set(weights, _read(run, "weights.pt")["best"])
+        network.eval()
         return run.history()
     rank, world = processes()
     device = next(network.parameters()).device
@@ -370,7 +371,7 @@ def _read(run, name):
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"the training state {path} is cut off or altered ({error!r}); delete it and train again"
         ) from error
