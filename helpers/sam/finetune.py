@@ -22,6 +22,7 @@ from helpers.params import limited
 from helpers.sam import embeddings
 
 VERSION = 2  # raise it with every change that gives other numbers: older runs are then not read
+WRITE_EVERY = 10  # seconds between two checkpoints: short epochs do not each write one
 PARTS = ("mask decoder", "prompt encoder")
 
 
@@ -126,6 +127,7 @@ def fit(segmenter, train, val, folder="", report=None, **config) -> pd.DataFrame
             metric="val_dice",
             from_start=True,
             mixed=segmenter.precision == "bfloat16",
+            write_every=WRITE_EVERY,
             report=report,
             description="fine-tuning",
         )
