@@ -12,6 +12,7 @@ registration and suspected frames of one lesion. BUSI has no patient ids: images
 is the same with every version of scikit-learn.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -30,24 +31,15 @@ KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
 DATASET_FOLDER = "Dataset_BUSI_with_GT"
 N_FOLDS = 5
 SYNTHETIC_MARKER = "synthetic.json"  # helpers.synthetic writes it; its presence names the source
-COLUMNS = [
-    "image_id",
-    "label",
-    "image_path",
-    "mask_paths",
-    "group",
-    "objection",
-    "annotation",
-    "same_frame",
-    "source",
-]
+COLUMNS = ["image_id", "label", "image_path", "mask_paths", "group", "objection", "annotation"]
+COLUMNS += ["same_frame", "source"]
 
 
 def find_busi(root=None):
     """Return the folder that holds `benign/`, `malignant/` and `normal/`.
 
-    Looks at `root`, else at `$BUSI_DIR`, else asks kagglehub (its cache, then a download).
-    A folder that is named but is not BUSI is an error, not a reason to look on.
+    Looks at `root`, else at `$BUSI_DIR`, else asks kagglehub (its cache, then a download). A folder that
+    is named but is not BUSI is an error, not a reason to look on.
 
     Raises:
         FileNotFoundError: no BUSI there, or none of the three ways works.
@@ -78,11 +70,10 @@ def _dataset_folder(root, source):
         if all((folder / label).is_dir() for label in LABELS):
             return folder
     found = sorted(path.name for path in root.iterdir())[:6]
-    missing = [label for label in LABELS if not (root / label).is_dir()]
+    missing = ", ".join(label for label in LABELS if not (root / label).is_dir())
     raise FileNotFoundError(
-        f"{source} is {str(root)!r}, which is not BUSI: no folder {', '.join(missing)} in it or in "
-        f"{DATASET_FOLDER}/ below it (found {found}). Point it at the folder that holds "
-        f"{DATASET_FOLDER}."
+        f"{source} is {str(root)!r}, which is not BUSI: no folder {missing} in it or in {DATASET_FOLDER}/ "
+        f"below it (found {found}). Point it at the folder that holds {DATASET_FOLDER}."
     )
 
 
@@ -148,10 +139,8 @@ def _check_complete(folder, table, images, masks):
         raise FileNotFoundError(
             f"{folder} lacks {len(lost)} of {len(table)} images, {_some(lost)}; fetch the set again"
         )
-    counts = table.image.map(masks).str.len().fillna(0)
-    lost, added = (
-        list(table.image[odd]) for odd in (counts < table.n_masks, counts > table.n_masks)
-    )
+    surplus = table.image.map(masks).str.len().fillna(0) - table.n_masks
+    lost, added = list(table.image[surplus < 0]), list(table.image[surplus > 0])
     if lost:
         raise FileNotFoundError(
             f"{folder} lacks mask files of {len(lost)} images, {_some(lost)}; fetch the set again"
@@ -168,13 +157,11 @@ def _some(names):
 
 
 def load_dataset(choice="auto", synthetic_images=40):
-    """Index the data set of a notebook: BUSI, or the synthetic phantom where BUSI can't be had.
-
-    Says in print which one it is, and why.
+    """Index the data set of a notebook, and print which one it is: BUSI, or synthetic images and why.
 
     Args:
         choice: "busi" (an error if it can't be had), "synthetic", or "auto": BUSI, else synthetic.
-        synthetic_images: images per class of the phantom.
+        synthetic_images: images per class of the synthetic set.
 
     Returns:
         DataFrame as from `load_index`; its column `source` names the data set.
@@ -196,7 +183,7 @@ def load_dataset(choice="auto", synthetic_images=40):
 
     folder = cache.folder() / f"synthetic-v{synthetic.VERSION}-{synthetic_images}"
     index = load_index(synthetic.make_busi(folder, synthetic_images))
-    print(f"Data: SYNTHETIC phantom, not patients ({reason})")
+    print(f"Data: SYNTHETIC images, not patients ({reason})")
     return index
 
 
@@ -232,37 +219,31 @@ def load_busbra(root):
         raise ValueError(
             f"{root / 'bus_data.csv'}: pathology {odd} is neither benign nor malignant"
         )
-    images, masks = _either(root, "Images", "images"), _either(root, "Masks", "masks")
+    images, masks = _busbra_folder(root, "Images"), _busbra_folder(root, "Masks")
     names = [(images / f"{name}.png", _busbra_mask(masks, name)) for name in table.ID]
     lost = [str(path.relative_to(root)) for pair in names for path in pair if not path.is_file()]
     if lost:
         raise FileNotFoundError(
             f"{root} lacks {len(lost)} files, {_some(lost)}; fetch BUS-BRA again"
         )
-    index = pd.DataFrame(
-        {
-            "image_id": table.ID,
-            "label": label,
-            "image_path": [image for image, _ in names],
-            "mask_paths": [(mask,) for _, mask in names],
-            "group": table.Case.astype(str),
-            "objection": "",
-            "annotation": "",
-            "same_frame": table.ID,
-            "source": "BUS-BRA",
-        }
+    more = {column.lower(): table[column] for column in ("BIRADS", "Device") if column in table}
+    index = table.rename(columns={"ID": "image_id"}).assign(
+        label=label,
+        image_path=[image for image, _ in names],
+        mask_paths=[(mask,) for _, mask in names],
+        group=table.Case.astype(str),
+        objection="",
+        annotation="",
+        same_frame=table.ID,
+        source="BUS-BRA",
     )
-    for column in ("BIRADS", "Device"):
-        if column in table:
-            index[column.lower()] = table[column]
-    return index
+    return index[COLUMNS].assign(**more)
 
 
 def external(split, limit=0):
-    """Return the rows of an external test: BUS-BRA's, or those of the test fold where it is not given.
+    """Return the rows of an external test: BUS-BRA's, or (it says so) the test fold's without $BUSBRA_DIR.
 
-    Says in print which, and why. The column `split` says "external", so that no table ranks them beside
-    results of the test fold.
+    The column `split` says "external", so that no table ranks them beside results of the test fold.
 
     Args:
         split: DataFrame from `split`.
@@ -272,19 +253,17 @@ def external(split, limit=0):
         FileNotFoundError: $BUSBRA_DIR is set, and BUS-BRA is not there.
     """
     root = os.environ.get("BUSBRA_DIR")
-    if root:
-        rows = load_busbra(root).assign(subset="test")
-    else:
+    if not root:
         print("BUSBRA_DIR is not set: the test fold takes the place of an external test")
-        rows = split
+    rows = load_busbra(root).assign(subset="test") if root else split
     return scored(rows, "test", limit).assign(split="external")
 
 
-def _either(root, *names):
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise FileNotFoundError(f"no folder {' or '.join(names)} in {str(root)!r}")
+def _busbra_folder(root, name):
+    for folder in (root / name, root / name.lower()):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no folder {name} or {name.lower()} in {str(root)!r}")
 
 
 def _busbra_mask(folder, name):
@@ -298,12 +277,30 @@ def image_shape(row):
 
 
 def read_truth(row):
-    """Read the truth of one row of an index, at its image's own size.
+    """Read the truth of one row of an index, at its image's own size; kept in memory for the next call.
 
     Returns:
         bool (H, W): the mask files joined, without specks.
     """
-    return drop_specks(read_mask(row.mask_paths, image_shape(row)))
+    paths = row.image_path, *row.mask_paths
+    shape, bits = _packed_truth(tuple((path, _changed(path)) for path in paths))
+    return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).view(bool)
+
+
+def _changed(path):
+    """Return a file's time of change and size, or None where it is missing: whoever reads it says so."""
+    try:
+        return os.stat(path).st_mtime_ns, os.stat(path).st_size
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=4096)  # a frame takes about 35 kB
+def _packed_truth(stamps):
+    """Return (H, W) and the packed bits of a truth; `stamps` are pairs (path, `_changed(path)`)."""
+    (image, _), *masks = stamps
+    shape = open_image(image, pixels=False).size[::-1]
+    return shape, np.packbits(drop_specks(read_mask([path for path, _ in masks], shape)))
 
 
 def measure(index):
@@ -329,7 +326,7 @@ def conflicting(index):
 
 
 def assign_folds(index, seed=0):
-    """Deal the groups into five folds, stratified by label.
+    """Assign the groups to five folds, stratified by label.
 
     Args:
         index: DataFrame with `label`, `group` and `objection`.
@@ -348,8 +345,8 @@ def assign_folds(index, seed=0):
             f"{N_FOLDS} folds need {N_FOLDS} groups per label; there are {groups.to_dict()}. Use more "
             "images (NB_SYNTHETIC_IMAGES=8 or more, where they are synthetic)"
         )
-    dealer = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=seed)
-    for number, (_, held_out) in enumerate(dealer.split(kept, kept.label, kept.group)):
+    folds = StratifiedGroupKFold(N_FOLDS, shuffle=True, random_state=seed)
+    for number, (_, held_out) in enumerate(folds.split(kept, kept.label, kept.group)):
         fold.loc[kept.index[held_out]] = number
     return fold
 
@@ -360,13 +357,13 @@ def split(index, fold=0, seed=0, grouped=True):
     The images whose frame lies in two class folders (objection `multiclass`) are dropped.
 
     Args:
-        index: DataFrame from `load_index` or `load_busbra`, whole: filter after the split, for a
-            part of the groups is dealt otherwise than all of them.
+        index: DataFrame from `load_index` or `load_busbra`, whole: filter after the split, for a part of
+            the groups gets other folds than all of them.
         fold: 0 to 4.
-        seed: 0 reads the stored folds of BUSI, the same on every machine; another seed is dealt by
+        seed: 0 reads the stored folds of BUSI, the same on every machine; those of another seed come from
             the installed scikit-learn.
-        grouped: False deals image by image, as most papers do: each image then counts as a group of
-            its own, and near-copies of test images are trained on. To show what that is worth.
+        grouped: False splits image by image, as most papers do: each image then counts as a group of its
+            own, and near-duplicates of test images are trained on. It shows how much that inflates scores.
 
     Returns:
         DataFrame: `index` with the columns `fold`, `subset` ("train", "val" or "test"; no group in
@@ -400,9 +397,8 @@ def check_apart(train, val):
 
 def check_classes(rows):
     """Raise ValueError where one of `LABELS` has no row, or a row another label."""
-    counts = rows.label.value_counts()
-    lacking = [label for label in LABELS if label not in counts]
-    foreign = sorted(set(counts.index) - set(LABELS))
+    labels = set(rows.label)
+    lacking, foreign = [name for name in LABELS if name not in labels], sorted(labels - set(LABELS))
     if lacking or foreign:
         raise ValueError(
             f"training needs images of each of {', '.join(LABELS)}; these rows lack {lacking or 'none'} "
@@ -451,11 +447,11 @@ def lesions(index):
 
 
 def random_split_leak(index, column="group", test_share=0.2, repeats=200, seed=0):
-    """Share of test images with a relative in training, under random image-level splits.
+    """Share of test images with a near-duplicate in training, under random image-level splits.
 
     Args:
         index: DataFrame from `load_index`.
-        column: what makes two images relatives: "group" or "same_frame".
+        column: what makes two images near-duplicates: "group" or "same_frame".
         test_share: share of the images that a split holds out.
         repeats: number of random splits.
         seed: of the splits.
@@ -463,14 +459,10 @@ def random_split_leak(index, column="group", test_share=0.2, repeats=200, seed=0
     Returns:
         float (repeats,), each between 0 and 1.
     """
-    generator = np.random.default_rng(seed)
-    groups = index[column].to_numpy()
+    generator, groups = np.random.default_rng(seed), index[column].to_numpy()
     n_test = round(test_share * len(groups))
-    shares = np.empty(repeats)
-    for repeat in range(repeats):
-        order = generator.permutation(len(groups))
-        shares[repeat] = np.isin(groups[order[:n_test]], groups[order[n_test:]]).mean()
-    return shares
+    orders = (groups[generator.permutation(len(groups))] for _ in range(repeats))
+    return np.array([np.isin(order[:n_test], order[n_test:]).mean() for order in orders])
 
 
 def signature(rows):

@@ -1,7 +1,7 @@
-"""Scores for outlines and for classes, with a rule for every empty case, and their intervals.
+"""Scores of segmentation and classification, with a rule for every empty case, and their intervals.
 
-The pixel metrics are MONAI's, the class metrics scikit-learn's, the bootstrap SciPy's. What stands
-here is what they leave open: what an empty mask is worth, and what counts as one observation.
+The pixel metrics are MONAI's, the class metrics scikit-learn's, the bootstrap SciPy's. What stands here
+is what they leave open: the score of an empty mask, and what counts as one observation.
 """
 
 import warnings
@@ -15,10 +15,18 @@ from helpers import data, images, prompts
 OVERLAP = ("dice", "iou", "precision", "recall", "pixel_accuracy")
 SEGMENTATION = (*OVERLAP, "hd95", "nsd")
 NSD_TOLERANCE = 2  # pixels
+CLASSIFICATION = {  # and the titles of tables
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_auc": "macro AUC",
+    "sensitivity": "malignant sensitivity",
+    "specificity": "malignant specificity",
+    "calibration_error": "calibration error",
+}
 
 
 def segmentation(predicted, truth, surface=True):
-    """Score one outline against the truth.
+    """Score one mask against the ground truth.
 
     Args:
         predicted: bool (H, W).
@@ -59,16 +67,9 @@ def _overlap(predicted, truth):
     from monai.metrics import compute_confusion_matrix_metric, get_confusion_matrix
 
     counts = get_confusion_matrix(_batch(predicted), _batch(truth))
-    names = {
-        "dice": "f1 score",
-        "iou": "threat score",
-        "precision": "precision",
-        "recall": "recall",
-    }
-    return {
-        ours: float(compute_confusion_matrix_metric(theirs, counts))
-        for ours, theirs in names.items()
-    }
+    theirs = ("f1 score", "threat score", "precision", "recall")
+    values = [float(compute_confusion_matrix_metric(name, counts)) for name in theirs]
+    return dict(zip(OVERLAP, values))
 
 
 def _surface(predicted, truth):
@@ -77,12 +78,9 @@ def _surface(predicted, truth):
     with warnings.catch_warnings():
         # MONAI 1.5 and 1.6 warn of an argument that MONAI itself passes.
         warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
-        hd95 = compute_hausdorff_distance(
-            _batch(predicted), _batch(truth), include_background=True, percentile=95
-        )
-        nsd = compute_surface_dice(
-            _batch(predicted), _batch(truth), [NSD_TOLERANCE], include_background=True
-        )
+        masks = {"y_pred": _batch(predicted), "y": _batch(truth), "include_background": True}
+        hd95 = compute_hausdorff_distance(**masks, percentile=95)
+        nsd = compute_surface_dice(**masks, class_thresholds=[NSD_TOLERANCE])
     return {"hd95": float(hd95), "nsd": float(nsd)}
 
 
@@ -136,20 +134,14 @@ def detection(rows, masks, overlap=0.5):
     """
     lines = []
     for row in rows.itertuples():
-        truth = data.read_truth(row).astype(np.uint8)
-        count, parts = cv2.connectedComponents(truth, connectivity=8)
-        hits = np.array(
-            [
-                [
-                    (mask & (parts == part)).sum() / (mask | (parts == part)).sum() >= overlap
-                    for mask in masks[row.image_id]
-                ]
-                for part in range(1, count)
-            ],
-            dtype=bool,
-        ).reshape(count - 1, len(masks[row.image_id]))
+        count, parts = cv2.connectedComponents(
+            data.read_truth(row).astype(np.uint8), connectivity=8
+        )
+        lesions, found = [parts == part for part in range(1, count)], masks[row.image_id]
+        iou = [[(one & mask).sum() / (one | mask).sum() for mask in found] for one in lesions]
+        hits = np.reshape(iou, (len(lesions), len(found))) >= overlap
         line = {"image_id": row.image_id, "label": row.label, "group": row.group}
-        line |= {"lesions": count - 1, "found": int(hits.any(axis=1).sum())}
+        line |= {"lesions": len(lesions), "found": int(hits.any(axis=1).sum())}
         lines.append(line | {"false_alarms": int((~hits.any(axis=0)).sum())})
     return pd.DataFrame(lines)
 
@@ -186,19 +178,11 @@ def summary(scores, metrics=SEGMENTATION, seed=0):
     table = []
     for name, part in _sets(scores):
         for metric in metrics:
-            low, high = bootstrap_interval(part[metric], part.group, seed=seed)
-            table.append(
-                {
-                    "set": name,
-                    "metric": metric,
-                    "images": len(part),
-                    "groups": part.group.nunique(),
-                    "mean": part[metric].mean(),
-                    "median": part[metric].median(),
-                    "low": low,
-                    "high": high,
-                }
-            )
+            values = part[metric]
+            low, high = bootstrap_interval(values, part.group, seed=seed)
+            line = {"set": name, "metric": metric, "images": len(part)}
+            line |= {"groups": part.group.nunique(), "mean": values.mean()}
+            table.append(line | {"median": values.median(), "low": low, "high": high})
     return pd.DataFrame(table)
 
 
@@ -294,19 +278,42 @@ def paired(after, before, metric="dice", seed=0):
     for name, part in _sets(table):
         low, high = bootstrap_interval(part.difference, part.group, seed=seed)
         by_group = part.groupby("group").difference.mean()
-        lines.append(
-            {
-                "set": name,
-                "images": len(part),
-                "difference": part.difference.mean(),
-                "low": low,
-                "high": high,
-                "better": int((part.difference > 0).sum()),
-                "worse": int((part.difference < 0).sum()),
-                "p_value": wilcoxon(by_group).pvalue if by_group.any() else np.nan,
-            }
-        )
+        line = {"set": name, "images": len(part), "difference": part.difference.mean()}
+        line |= {"low": low, "high": high}
+        line |= {"better": int((part.difference > 0).sum())}
+        line |= {"worse": int((part.difference < 0).sum())}
+        lines.append(line | {"p_value": wilcoxon(by_group).pvalue if by_group.any() else np.nan})
     return pd.DataFrame(lines)
+
+
+def compare(scores, baseline, level=0.95):
+    """Compare configs over seeds and images.
+
+    Args:
+        scores: DataFrame, one row per config, seed and image: `config`, `seed`, `image_id`, `group` and
+            `score`, as from `helpers.scale.search.read_test`.
+        baseline: the config that the others are compared with.
+        level: of the intervals.
+
+    Returns:
+        DataFrame, one row per config: `config`, a column per seed, `mean`, `low` and `high` (the interval
+        over groups of each image's mean over seeds), and for the others `gain`, `gain_low` and `gain_high`
+        over the baseline on the same images.
+    """
+    by_image = scores.pivot_table(index=["image_id", "group"], columns="config", values="score")
+    groups = by_image.index.get_level_values("group")
+    table = []
+    for config, own in scores.groupby("config", sort=False):
+        row = {"config": config}
+        row |= {f"seed {seed}": part.score.mean() for seed, part in own.groupby("seed")}
+        row["mean"] = by_image[config].mean()
+        row["low"], row["high"] = bootstrap_interval(by_image[config], groups, level)
+        if config != baseline:
+            gain = by_image[config] - by_image[baseline]
+            low, high = bootstrap_interval(gain, groups, level)
+            row |= {"gain": gain.mean(), "gain_low": low, "gain_high": high}
+        table.append(row)
+    return pd.DataFrame(table)
 
 
 def jitter_curve(
@@ -333,42 +340,6 @@ def jitter_curve(
         low, high = bootstrap_interval(scores.dice, scores.group, seed=seed)
         points.append({"pixels": shift, "mean": scores.dice.mean(), "low": low, "high": high})
     return pd.DataFrame(points).assign(name=name, source=rows.source.iloc[0])
-
-
-def circle(shift=0, radius=30, shape=(128, 160)):
-    """Return a filled circle, bool `shape`, its middle `shift` pixels right of the image's middle."""
-    y, x = np.ogrid[: shape[0], : shape[1]]
-    return (x - shape[1] / 2 - shift) ** 2 + (y - shape[0] / 2) ** 2 <= radius**2
-
-
-def circle_curve(shifts=range(0, 71, 5), radius=30):
-    """Score a circle that moves away from its truth: DataFrame of `shift` and `segmentation`'s scores."""
-    truth = circle(radius=radius)
-    return pd.DataFrame(
-        [{"shift": shift} | segmentation(circle(shift, radius), truth) for shift in shifts]
-    )
-
-
-def dice_loss_of_confidence(probabilities=(0.55, 0.65, 0.75, 0.85, 0.95, 0.999)):
-    """Show that Dice loss is not one minus Dice: a perfect outline, given with less or more confidence.
-
-    Args:
-        probabilities: that the pixels inside the truth get; those outside get one minus that.
-
-    Returns:
-        DataFrame: `probability`, `dice_loss` (MONAI's, with squared denominators, as in fine-tuning)
-        and `dice` of the thresholded mask, which is 1 for all of them.
-    """
-    from monai.losses import DiceLoss
-
-    truth = circle()
-    lines = []
-    for probability in probabilities:
-        found = np.where(truth, probability, 1 - probability)
-        loss = DiceLoss(squared_pred=True)(_batch(found), _batch(truth))
-        score = segmentation(found > 0.5, truth, surface=False)["dice"]
-        lines.append({"probability": probability, "dice_loss": float(loss), "dice": score})
-    return pd.DataFrame(lines)
 
 
 def classification(probabilities, labels):
@@ -419,14 +390,14 @@ def classification(probabilities, labels):
     else:
         auc = float(roc_auc_score(truth, probabilities, multi_class="ovr", average="macro"))
     malignant = truth == data.LABELS.index("malignant")
-    said_benign = predicted != data.LABELS.index("malignant")
+    negative = predicted != data.LABELS.index("malignant")
     return {
         "accuracy": float((predicted == truth).mean()),
         "balanced_accuracy": float(np.nanmean(list(recall.values()))),
         "macro_auc": auc,
         **recall,
         "sensitivity": recall["recall_malignant"],
-        "specificity": float(said_benign[~malignant].mean()) if (~malignant).any() else np.nan,
+        "specificity": float(negative[~malignant].mean()) if (~malignant).any() else np.nan,
         "calibration_error": _calibration_error(probabilities, predicted == truth),
     }
 
@@ -456,16 +427,9 @@ def class_summary(probabilities, rows, seed=0, resamples=1000):
             sample = np.concatenate([members[group] for group in which])
             drawn.append(classification(probabilities[sample], labels[sample]))
         bounds = pd.DataFrame(drawn).quantile([0.025, 0.975])  # leaves NaN out
+    low, high = bounds[list(values)].to_numpy()
     return pd.DataFrame(
-        [
-            {
-                "metric": name,
-                "mean": value,
-                "low": bounds[name].iloc[0],
-                "high": bounds[name].iloc[1],
-            }
-            for name, value in values.items()
-        ]
+        {"metric": values.keys(), "mean": values.values(), "low": low, "high": high}
     )
 
 
@@ -477,14 +441,6 @@ def class_table(probabilities_by_name, rows, seed=0):
         rows: the N rows of an index.
         seed: of the bootstrap.
     """
-    titles = {
-        "accuracy": "accuracy",
-        "balanced_accuracy": "balanced",
-        "macro_auc": "macro AUC",
-        "sensitivity": "malignant sensitivity",
-        "specificity": "malignant specificity",
-        "calibration_error": "calibration error",
-    }
     lines = {}
     for name, probabilities in probabilities_by_name.items():
         table = class_summary(probabilities, rows, seed).set_index("metric")
@@ -492,44 +448,15 @@ def class_table(probabilities_by_name, rows, seed=0):
             title: "undefined"
             if np.isnan(table["mean"][metric])
             else f"{table['mean'][metric]:.3f} [{table.low[metric]:.3f}, {table.high[metric]:.3f}]"
-            for metric, title in titles.items()
+            for metric, title in CLASSIFICATION.items()
         }
     return pd.DataFrame(lines).T
 
 
 def majority(train, rows):
-    """Return float (N, 3) for N rows: the shares of the classes in training, which never look."""
+    """Return float (N, 3) for N rows: the class frequencies in training, the baseline of a classifier."""
     shares = train.label.value_counts(normalize=True).reindex(data.LABELS, fill_value=0)
     return np.tile(shares.to_numpy(), (len(rows), 1))
-
-
-def temperature(probabilities, labels):
-    """Find the temperature that calibrates probabilities: C. Guo et al., ICML 2017.
-
-    Args:
-        probabilities: float (N, 3) of validation images, columns in the order of
-            `helpers.data.LABELS`.
-        labels: (N,) of "normal", "benign" or "malignant".
-
-    Returns:
-        float: above 1 where the model is too sure of itself. `soften` applies it.
-    """
-    from scipy.optimize import minimize_scalar
-    from sklearn.metrics import log_loss
-
-    def loss(log_temperature):
-        softened = soften(probabilities, np.exp(log_temperature))
-        return log_loss(truth, softened, labels=range(len(data.LABELS)))
-
-    truth = [data.LABELS.index(label) for label in labels]
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
-
-
-def soften(probabilities, temperature):
-    """Divide the logits of probabilities (N, 3) by a temperature; the order of classes stays."""
-    logits = np.log(np.clip(probabilities, 1e-12, 1)) / temperature
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def _calibration_error(probabilities, correct, bins=10):

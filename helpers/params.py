@@ -10,8 +10,8 @@ PREFIX = "NB_"
 FOREIGN = {"USER", "UID", "GID", "GROUP", "UMASK", "PREFIX"}
 # Every setting of every notebook. Another NB_ variable is a misspelling.
 SETTINGS = {
-    "DATA": "which images: 'auto' (BUSI, else the synthetic phantom), 'busi' or 'synthetic'",
-    "SYNTHETIC_IMAGES": "images per class of the synthetic phantom",
+    "DATA": "which images: 'auto' (BUSI, else synthetic images), 'busi' or 'synthetic'",
+    "SYNTHETIC_IMAGES": "images per class of the synthetic set",
     "LIMIT": "score at most this many held-out images, spread over the fold; 0 means all",
     "FOLD": "which of the five folds is the test fold, 0 to 4",
     "SEED": "seed of everything random",
@@ -22,11 +22,10 @@ SETTINGS = {
     "UNET_WIDTH": "filters of the U-Net's first level",
     "UNET_SIZE": "pixels: the U-Net sees size x size",
     "UNET_EPOCHS": "passes of the U-Net over the training images",
-    "PHANTOMS": "synthetic images per class that a network learns from first",
-    "VGG_WEIGHTS": "what VGG-16 starts from: 'imagenet', 'phantoms' or 'scratch'",
+    "PRETRAIN_IMAGES": "synthetic images per class that a network is pretrained on",
+    "VGG_WEIGHTS": "what VGG-16 starts from: 'imagenet', 'synthetic' or 'scratch'",
     "VGG_WIDTH": "features of VGG-16's first convolution",
     "VGG_SIZE": "pixels: VGG-16 sees size x size",
-    "HEAD_EPOCHS": "passes of the embedding classifier over the training images",
     "PIPELINE": "folder of an automatic pipeline; empty means the one in the package",
     "IMAGE": "an image of your own: PNG, JPEG or DICOM",
     "FACTORS": "choices of each model that are varied one at a time; 0 means all",

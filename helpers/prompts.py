@@ -47,15 +47,15 @@ def mask_boxes(masks):
     """
     boxes = {}
     for name, mask in masks.items():
-        count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
-        if count > 1:
-            largest = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
-            boxes[name] = jitter_box(mask_to_box(parts == largest), mask.shape, pixels=0, key=name)
+        _, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+        if mask.any():
+            largest = mask_to_box(parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
+            boxes[name] = jitter_box(largest, mask.shape, pixels=0, key=name)
     return boxes
 
 
 def typical_boxes(train, rows):
-    """Return for each row the mean box of the training lesions, where a guess without looking goes.
+    """Return for each row the mean box of the training lesions, for a baseline that never looks.
 
     Args:
         train: rows of an index; those without a lesion are left out.
@@ -64,13 +64,14 @@ def typical_boxes(train, rows):
     Returns:
         dict from image_id to float32 (4,): the same shares of each image's width and height.
     """
+
+    def sides(row):
+        return np.array(data.image_shape(row)[::-1] * 2)
+
     lesions = data.lesions(train)
-    sides = np.array([data.image_shape(row)[::-1] * 2 for row in lesions.itertuples()])
-    shares = np.mean(np.stack(list(truth_boxes(lesions).values())) / sides, axis=0)
-    return {
-        row.image_id: (shares * (data.image_shape(row)[::-1] * 2)).astype(np.float32)
-        for row in rows.itertuples()
-    }
+    boxes = truth_boxes(lesions)
+    shares = np.mean([boxes[row.image_id] / sides(row) for row in lesions.itertuples()], axis=0)
+    return {row.image_id: np.float32(shares * sides(row)) for row in rows.itertuples()}
 
 
 def jitter_boxes(rows, boxes, pixels, seed=0, inward=False):
@@ -84,14 +85,14 @@ def jitter_boxes(rows, boxes, pixels, seed=0, inward=False):
 
 
 def jitter_box(box, shape, pixels, key, seed=0, inward=False):
-    """Move each side of a box by its own random distance, as a hasty hand would.
+    """Move each side of a box by its own random distance, as in a box that is drawn in haste.
 
     Args:
         box: (4,) x_min, y_min, x_max, y_max in pixels.
         shape: (H, W) of the image; the box stays inside it.
         pixels: the largest distance; each side moves by a uniform 0 to `pixels`, outwards. MedSAM
             trains with 20 (J. Ma et al., Nature Communications 15 (2024) 654).
-        key: names the image, so that its jitter does not hang on which others are scored.
+        key: names the image, so that its jitter does not depend on which others are scored.
         seed: of the jitter.
         inward: each side moves by -`pixels` to `pixels` instead, so that it may cut the lesion.
 
@@ -101,17 +102,14 @@ def jitter_box(box, shape, pixels, key, seed=0, inward=False):
     generator = np.random.default_rng([seed, zlib.crc32(str(key).encode())])
     outwards = generator.uniform(-1 if inward else 0, 1, size=4) * pixels
     x_min, y_min, x_max, y_max = np.asarray(box) + outwards * [-1, -1, 1, 1]
-    return np.array(
-        [*_inside(x_min, x_max, shape[1]), *_inside(y_min, y_max, shape[0])], dtype=np.float32
-    )[[0, 2, 1, 3]]
+    sides = zip(_inside(x_min, x_max, shape[1]), _inside(y_min, y_max, shape[0]))
+    return np.array([*sides], dtype=np.float32).ravel()
 
 
 def _inside(low, high, length):
     """Clip an interval to 0..length - 1 and keep it at least one pixel long."""
     middle = np.clip((low + high) / 2, 0.5, length - 1.5)
-    return np.clip(min(low, middle - 0.5), 0, None), np.clip(
-        max(high, middle + 0.5), None, length - 1
-    )
+    return max(min(low, middle - 0.5), 0), min(max(high, middle + 0.5), length - 1)
 
 
 def fill_ellipses(rows, boxes):
@@ -123,12 +121,12 @@ def fill_ellipses(rows, boxes):
 
 
 def empty_masks(rows):
-    """Return a dict from image_id to an empty bool (H, W): what finding nothing is worth."""
+    """Return a dict from image_id to an empty bool (H, W): the baseline that finds nothing."""
     return {row.image_id: np.zeros(data.image_shape(row), dtype=bool) for row in rows.itertuples()}
 
 
 def fill_ellipse(box, shape):
-    """Fill a box with its ellipse: what a score is worth when nobody looks at the image.
+    """Fill a box with its ellipse: the baseline that never looks at the image.
 
     Args:
         box: (4,) x_min, y_min, x_max, y_max in pixels, inclusive.
@@ -163,11 +161,9 @@ def draw_box(image, box, enabled=True):
     Image.fromarray(image).save(encoded, "PNG")
     x_min, y_min, x_max, y_max = (float(side) for side in box)
     start = {"x": x_min, "y": y_min, "width": x_max - x_min, "height": y_max - y_min}
+    start = [start | {"label": "lesion"}]
     return BBoxWidget(
-        image_bytes=encoded.getvalue(),
-        classes=["lesion"],
-        bboxes=[start | {"label": "lesion"}],
-        hide_buttons=True,
+        image_bytes=encoded.getvalue(), classes=["lesion"], bboxes=start, hide_buttons=True
     )
 
 
@@ -184,8 +180,6 @@ def drawn_box(widget, shape, default):
     """
     if widget is None or not widget.bboxes:
         return np.asarray(default, dtype=np.float32)
-    last = widget.bboxes[-1]
-    corners = [last["x"], last["y"], last["x"] + last["width"], last["y"] + last["height"]]
-    height, width = shape[:2]
-    limits = [width - 1, height - 1, width - 1, height - 1]
-    return np.clip(np.array(corners, dtype=np.float32), 0, limits).astype(np.float32)
+    x, y, width, height = (widget.bboxes[-1][name] for name in ("x", "y", "width", "height"))
+    limits = np.array([shape[1], shape[0]] * 2) - 1
+    return np.float32(np.clip([x, y, x + width, y + height], 0, limits))

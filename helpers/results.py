@@ -1,6 +1,12 @@
-"""One JSON file per model and run: written, read, and those selected that may stand side by side."""
+"""One JSON file per model and run: written, read, and those selected that may stand side by side.
 
+A result is found by its `key` (such as "unet-reference"), its prompt and its split. Its title is for people.
+"""
+
+import contextlib
+import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -8,37 +14,28 @@ import platform
 import re
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from helpers import cache, data, metrics
 
-FORMAT = 2
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "monai",
-    "tensorflow",
-    "keras",
-    "numpy",
-    "scikit-learn",
-    "opencv-python",
-)
-ELLIPSE = "ellipse in the box"  # the baseline that never looks at the image
+FORMAT = 3
+PACKAGES = ("torch", "torchvision", "transformers", "monai", "tensorflow", "keras", "numpy")
+PACKAGES += ("scikit-learn", "opencv-python")
 PROMPTS = ("none", "predicted box", "jittered box", "ground-truth box")
 INPUTS = (
     "image alone",
     "image with predicted mask",
     "image with ground-truth mask",
-    "ground-truth outline alone",
+    "ground-truth mask alone",
 )
 # A jittered box is the ground-truth box, moved. Such rows are never ranked beside the others.
 FROM_THE_TRUTH = (*PROMPTS[2:], *INPUTS[2:])
 
 
-def folder(path=""):
+def folder(path: str | Path = "") -> Path:
     """Return the folder of result files: `path`, else `results/` of the checkout, else of here."""
     if path:
         return Path(path)
@@ -46,18 +43,25 @@ def folder(path=""):
     return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
 
 
-def versions():
-    """Return the versions of Python and of the packages that scores hang on."""
+def committed_folder() -> Path:
+    """Return the folder of the project's own result files: in the checkout, else where pip put them."""
+    installed = (
+        Path(sysconfig.get_path("data")) / "share" / "breast-ultrasound-notebooks" / "results"
+    )
+    own = folder()
+    return own if (own.parent / "pyproject.toml").is_file() else installed
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that scores depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def device_name(device="cpu"):
+def device_name(device="cpu") -> str:
     """Name the hardware behind a torch device, such as "NVIDIA H100" or "CPU, 2 cores"."""
     import torch
 
@@ -66,12 +70,12 @@ def device_name(device="cpu"):
     return f"CPU, {os.cpu_count()} cores"
 
 
-def banner(index, seed, device="cpu"):
+def banner(index: pd.DataFrame, seed: int, device="cpu") -> None:
     """Print what a result file will record: data, versions, device, seed."""
     source = index.source.iloc[0]
     counts = ", ".join(f"{n} {label}" for label, n in index.label.value_counts().items())
     if source == "synthetic":
-        print("SYNTHETIC phantom: no score below says anything about real ultrasound")
+        print("SYNTHETIC images: no score below says anything about real ultrasound")
     print(f"{source}: {len(index)} images ({counts})")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"{device_name(device)}, seed {seed}")
@@ -83,123 +87,145 @@ def timed(function, *arguments):
     return function(*arguments), time.perf_counter() - start
 
 
-def save(
-    scores,
-    rows,
-    *,
-    model,
-    prompt,
-    seconds,
-    baseline=None,
-    seed=0,
-    fold=0,
-    device="cpu",
-    settings=None,
-    details=None,
-    path="",
-):
-    """Write one run's segmentation result; the file appears whole or not at all.
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """Writes the results of one set of images, one file per model and prompt.
 
-    Args:
-        scores: DataFrame from `helpers.metrics.score`.
+    A file is named by the data's source, key, prompt, split, fold, seed and number of images, so that a
+    synthetic or shortened run never overwrites another.
+
+    Attributes:
         rows: the scored rows of the index; their pixels make the data signature.
-        model: the model's name, such as "LiteMedSAM, released weights".
-        prompt: one of `PROMPTS`.
-        seconds: what embedding and predicting took, without the scoring.
-        baseline: DataFrame from `helpers.metrics.score` of the same rows: an ellipse that never
-            looks at the image (in the same boxes, or at the usual place where there is no box), over
-            which the gain in Dice on the lesion images is recorded.
         seed: of the run.
         fold: the test fold, or "all" where no fold was held out.
         device: torch device that it ran on.
-        settings: dict of whatever else the score hangs on; each goes into the file's name.
-        details: dict of what is worth knowing besides, such as the precision and the training.
-        path: folder, as for `folder`.
-
-    Returns:
-        Path of the file. Its name comes from the data, split, model, prompt, settings, fold, seed and
-        number of images, so that a synthetic or shortened run never overwrites another.
-
-    Raises:
-        ValueError: an unknown prompt, or scores of other images than `rows`.
-        OSError: the file can't be written; what stood there before is untouched.
+        path: folder of result files, as for `folder`.
+        profile: of the settings; tables show "full" runs only.
     """
-    for table in (scores, scores if baseline is None else baseline):
-        if list(table.image_id) != list(rows.image_id):
-            raise ValueError("scores and rows are of different images; score these very rows")
-    result = {
-        "task": "segmentation",
-        "model": model,
-        "prompt": _known(prompt, PROMPTS),
-        "summary": _nested(metrics.summary(scores, seed=seed)),
-        "gain_over_ellipse": {} if baseline is None else _gain(scores, baseline, seed),
-        "per_image": scores.drop(columns="source").round(5).to_dict(orient="list"),
-    }
-    run = {"seed": seed, "fold": fold, "device": device, "seconds": seconds, "path": path}
-    return _write(result, rows, settings or {}, details or {}, **run)
+
+    rows: pd.DataFrame
+    seed: int = 0
+    fold: int | str = 0
+    device: object = "cpu"
+    path: str | Path = ""
+    profile: str = "full"
+
+    def segmentation(
+        self, scores, *, key, title, prompt, seconds=0.0, baseline=None, details=None
+    ) -> Path:
+        """Write one model's segmentation result.
+
+        Args:
+            scores: DataFrame from `helpers.metrics.score` of `rows`.
+            key: what tables find the result by: lower-case words joined by hyphens.
+            title: the model's name for people, such as "LiteMedSAM, released weights".
+            prompt: one of `PROMPTS`.
+            seconds: what embedding and predicting took, without the scoring.
+            baseline: DataFrame like `scores` of an ellipse that never looks at the image, in the same boxes
+                or at the typical place; the gain in Dice over it on the lesion images is recorded.
+            details: dict of what is worth knowing besides, such as the precision and the training.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            ValueError: an unknown prompt, a key of another form, or scores of other images than `rows`.
+            OSError: the file can't be written; what stood there before is untouched.
+        """
+        for table in (scores, scores if baseline is None else baseline):
+            if list(table.image_id) != list(self.rows.image_id):
+                raise ValueError("scores and rows are of different images; score these very rows")
+        result = {
+            "summary": _nested(metrics.summary(scores, seed=self.seed)),
+            "gain_over_ellipse": {} if baseline is None else self._gain(scores, baseline),
+        }
+        per_image = scores.drop(columns="source").round(5).to_dict(orient="list")
+        return self._write("segmentation", key, title, prompt, seconds, details, result, per_image)
+
+    def classification(
+        self, probabilities, *, key, title, prompt, seconds=0.0, details=None
+    ) -> Path:
+        """Write one model's classification result, as `segmentation` does.
+
+        Args:
+            probabilities: float (N, 3) of the N rows, columns in the order of `helpers.data.LABELS`.
+            key, title, seconds, details: as for `segmentation`.
+            prompt: what the model is given: one of `INPUTS`.
+        """
+        summary = metrics.class_summary(probabilities, self.rows, self.seed)
+        result = {"summary": _nested(summary.assign(set="all", images=len(self.rows)))}
+        named = pd.DataFrame(probabilities, columns=data.LABELS).astype(float).round(5)
+        per_image = self.rows[["image_id", "label", "group"]].to_dict(orient="list")
+        per_image |= {"probability": named.to_dict(orient="list")}
+        return self._write(
+            "classification", key, title, prompt, seconds, details, result, per_image
+        )
+
+    @functools.cached_property
+    def _data(self):
+        rows = self.rows
+        return {
+            "source": rows.source.iloc[0],
+            "split": rows.split.iloc[0] if "split" in rows else "none",
+            "fold": self.fold,
+            "images": len(rows),
+            "groups": int(rows.group.nunique()),
+            "signature": data.signature(rows),
+        }
+
+    def _gain(self, scores, baseline):
+        lesion = (scores.label != "normal").to_numpy()
+        gain = (scores.dice.to_numpy() - baseline.dice.to_numpy())[lesion]
+        low, high = metrics.bootstrap_interval(gain, scores.group[lesion], seed=self.seed)
+        return {"mean": round(gain.mean(), 5), "low": round(low, 5), "high": round(high, 5)}
+
+    def _write(self, task, key, title, prompt, seconds, details, result, per_image):
+        allowed = PROMPTS if task == "segmentation" else INPUTS
+        if prompt not in allowed:
+            raise ValueError(f"prompt {prompt!r} is none of {allowed}")
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", key):
+            raise ValueError(f"key {key!r} must be lower-case words joined by hyphens")
+        header = {"format": FORMAT, "key": key, "title": title, "task": task, "prompt": prompt}
+        about = {
+            "data": self._data,
+            "seed": self.seed,
+            "profile": self.profile,
+            "device": device_name(self.device),
+            "seconds": round(seconds, 1),
+            "versions": versions(),
+            "details": details or {},
+            "date": datetime.date.today().isoformat(),
+        }
+        words = [self._data["source"], key, prompt, self._data["split"], f"fold {self.fold}"]
+        name = " ".join([*words, f"seed {self.seed} n{len(self.rows)}"]).lower()
+        target = folder(self.path) / f"{re.sub(r'[^a-z0-9]+', '-', name)}.json"
+        everything = header | result | about | {"per_image": per_image}  # last, for it is long
+        cache.write(target, f"{json.dumps(everything, indent=1, allow_nan=False)}\n")
+        return target
 
 
-def save_classes(
-    probabilities,
-    rows,
-    *,
-    model,
-    prompt,
-    seconds,
-    seed=0,
-    fold=0,
-    device="cpu",
-    settings=None,
-    details=None,
-    path="",
-):
-    """Write one run's classification result, as `save` does for outlines.
-
-    Args:
-        probabilities: float (N, 3), columns in the order of `helpers.data.LABELS`.
-        rows: the N rows of the index.
-        prompt: what the model is given: one of `INPUTS`.
-        model, seconds, seed, fold, device, settings, details, path: as for `save`.
-
-    Returns:
-        Path of the file, named as by `save`.
-    """
-    summary = metrics.class_summary(probabilities, rows, seed).assign(set="all", images=len(rows))
-    named = pd.DataFrame(probabilities, columns=data.LABELS).astype(float).round(5)
-    result = {
-        "task": "classification",
-        "model": model,
-        "prompt": _known(prompt, INPUTS),
-        "summary": _nested(summary),
-        "per_image": rows[["image_id", "label", "group"]].to_dict(orient="list")
-        | {"probability": named.to_dict(orient="list")},
-    }
-    run = {"seed": seed, "fold": fold, "device": device, "seconds": seconds, "path": path}
-    return _write(result, rows, settings or {}, details or {}, **run)
+def save(scores, rows, *, seed=0, fold=0, device="cpu", path="", **about) -> Path:
+    """Write a single segmentation result: `Recorder.segmentation`, whose keywords `about` holds."""
+    return Recorder(rows, seed, fold, device, path).segmentation(scores, **about)
 
 
-def save_trials(trials, train, val, *, name, model, measure, settings, path=""):
+def save_trials(trials, train, val, *, name, model, measure, settings, path="") -> Path:
     """Write the trials of a search; the file appears whole or not at all.
 
     Args:
         trials: DataFrame from `helpers.scale.search.grid` or `helpers.scale.search.sample`.
-        train, val: rows of the index that were learnt from and that gave the scores.
-        name: of the search; with the data's source it names the file.
-        model: the model's name, such as "U-Net".
+        train, val: rows of the index that were trained on and that gave the scores.
+        name: of the search, its key; with the data's source it names the file.
+        model: the model's name for people, such as "U-Net".
         measure: what the score is: "Dice" or "accuracy".
         settings: dict of what all trials share.
         path: folder of result files, as for `folder`; trials lie in `trials/` there.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        OSError: the file can't be written; what stood there before is untouched.
     """
     source = val.source.iloc[0]
     header = {
         "format": FORMAT,
-        "model": model,
+        "key": name,
+        "title": model,
         "measure": measure,
         "data": {
             "source": source,
@@ -220,70 +246,26 @@ def save_trials(trials, train, val, *, name, model, measure, settings, path=""):
     lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows.to_dict("records"))
     text = json.dumps(header | {"machines": known}, indent=1).removesuffix("\n}")
     target = folder(path) / "trials" / f"{source}-{name}.json".lower().replace(" ", "-")
-    cache.write(target, f'{text},\n "trials": [\n{lines}\n ]\n}}\n'.encode())
+    cache.write(target, f'{text},\n "trials": [\n{lines}\n ]\n}}\n')
     return target
 
 
-def _known(prompt, allowed):
-    if prompt not in allowed:
-        raise ValueError(f"prompt {prompt!r} is none of {allowed}")
-    return prompt
-
-
-def _write(result, rows, settings, details, *, seed, fold, device, seconds, path):
-    source, split = rows.source.iloc[0], rows.split.iloc[0] if "split" in rows else "none"
-    header = {
-        "format": FORMAT,
-        "data": {
-            "source": source,
-            "split": split,
-            "fold": fold,
-            "images": len(rows),
-            "groups": int(rows.group.nunique()),
-            "signature": data.signature(rows),
-        },
-        "seed": seed,
-        "device": device_name(device),
-        "seconds": round(seconds, 1),
-        "versions": versions(),
-        "settings": settings,
-        "details": details,
-        "date": datetime.date.today().isoformat(),
-    }
-    words = [source, result["model"], result["prompt"]]
-    words += [f"{name} {value}" for name, value in settings.items()]
-    words += [f"{split} split"] if split == "random" else []
-    name = " ".join([*words, f"fold {fold} seed {seed} n{len(rows)}"])
-    target = folder(path) / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
-    per_image = {"per_image": result.pop("per_image")}  # last, for it is long
-    text = json.dumps(result | header | per_image, indent=1, allow_nan=False)
-    cache.write(target, f"{text}\n".encode())
-    return target
-
-
-def trained(history, recipe):
-    """Sum a training up for `details`: the recipe, the epoch that was kept and its losses, the time.
+def trained(history: pd.DataFrame, config: dict) -> dict:
+    """Sum a training up for `details`: its config, the epoch that was kept and its losses, the time.
 
     Args:
         history: DataFrame from a `fit`.
-        recipe: dict of the choices that were made.
+        config: dict of the settings that were passed to it.
     """
     best = history[history.best].iloc[0]
     losses = {
         name: round(float(best[name]), 5) for name in history if name.startswith(("train_", "val_"))
     }
-    return recipe | {
+    return config | {
         "best_epoch": int(best.epoch),
         "kept": {name: value for name, value in losses.items() if value == value},
         "seconds": round(float(history.seconds.sum()), 1),
     }
-
-
-def _gain(scores, baseline, seed):
-    lesion = (scores.label != "normal").to_numpy()
-    gain = (scores.dice.to_numpy() - baseline.dice.to_numpy())[lesion]
-    low, high = metrics.bootstrap_interval(gain, scores.group[lesion], seed=seed)
-    return {"mean": round(gain.mean(), 5), "low": round(low, 5), "high": round(high, 5)}
 
 
 def _nested(summary):
@@ -296,7 +278,25 @@ def _nested(summary):
     return nested
 
 
-def load_all(path="", committed=False):
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[dict]:
+    """Read a result file of any kind: a model's run, or the trials of a search.
+
+    Raises:
+        ValueError: it is cut off, of another format, or lacks what the caller looks up in it.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["format"] != FORMAT:
+            raise ValueError(f"format {result['format']}, not {FORMAT}")
+        yield result
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is no whole result file ({error!r}); delete it and run its notebook again"
+        ) from error
+
+
+def load_all(path: str | Path = "", committed: bool = False) -> pd.DataFrame:
     """Read every result file of a folder.
 
     Args:
@@ -304,50 +304,57 @@ def load_all(path="", committed=False):
         committed: also read the project's own result files, where `path` lacks one of that name.
 
     Returns:
-        DataFrame, one row per file: `model`, `task`, `prompt`, `source`, `split`, `fold`, `images`,
-        `groups`, `signature`, `seed`, `device`, `seconds`, `date`, `file`, and for each set of images
-        and metric `<set>_<metric>` with `_low` and `_high` beside it, such as `lesions_dice_low` or
-        `all_accuracy`; `score` with `low`, `high` and `score_name`, which is the Dice of lesion
-        outlines or the accuracy of classes; `gain` with `gain_low` and `gain_high` over the ellipse;
-        `kept_<loss>` from the training; `sensitivity` to lesions and `false_alarms_per_normal_image` of a
-        pipeline. NaN where a row has no such figure.
+        DataFrame, one row per file: the header and `data` of the file; for each set of images and metric
+        `<set>_<metric>` with its `_low` and `_high`, such as `lesions_dice_low` or `all_accuracy`; `score`
+        with `low`, `high` and `score_name`: the Dice of lesion images, or the accuracy; `gain` over the
+        ellipse with `gain_low` and `gain_high`; `kept_<loss>` from the training; `sensitivity` to lesions
+        and `false_alarms_per_normal_image` of a pipeline. NaN where a row has no such figure.
 
     Raises:
         ValueError: a file is cut off or of another format.
     """
     files = {file.name: file for file in committed_folder().glob("*.json")} if committed else {}
     files |= {file.name: file for file in folder(path).glob("*.json")}
-    rows = pd.DataFrame([_flat(files[name]) for name in sorted(files)])
-    return _with_score(rows) if len(rows) else rows
+    return pd.DataFrame([_flat(files[name]) for name in sorted(files)])
 
 
-def committed_folder():
-    """Return the folder of the project's own result files: in the checkout, else where pip put them."""
-    installed = (
-        Path(sysconfig.get_path("data")) / "share" / "breast-ultrasound-notebooks" / "results"
-    )
-    own = folder()
-    return own if (own.parent / "pyproject.toml").is_file() else installed
+def _flat(file):
+    with opened(file) as result:
+        names = ("key", "title", "task", "prompt", "seed", "profile", "device", "seconds", "date")
+        flat = {name: result[name] for name in names} | result["data"] | {"file": file.name}
+        for end in ("mean", "low", "high"):
+            column = "" if end == "mean" else f"_{end}"
+            flat[f"gain{column}"] = result.get("gain_over_ellipse", {}).get(end, float("nan"))
+            for part, values in result["summary"].items():
+                for metric, value in values.items():
+                    if metric != "images":
+                        flat[f"{part}_{metric}{column}"] = value[end]
+            main = "lesions_dice" if result["task"] == "segmentation" else "all_accuracy"
+            flat[column[1:] or "score"] = flat.get(f"{main}{column}", float("nan"))
+        flat["score_name"] = "Dice" if result["task"] == "segmentation" else "accuracy"
+        kept = result["details"].get("training", {}).get("kept", {})
+        flat |= {f"kept_{name}": value for name, value in kept.items()}
+        return flat | result["details"].get("detection", {})
 
 
-def load_scaling():
-    """Return what bulk runs cost, from the project's own file that `tests/benchmarks/bulk.py` wrote.
+def load_scaling() -> dict:
+    """Return what bulk runs cost: the committed file that `tests/benchmarks/bulk.py` wrote.
 
-    Returns:
-        dict with `device`, `workers`, `stand_in` and `runs`, a list of dicts with `model`, `images`,
-        `ms_per_image`, `peak_mb` (dict: MB of the `driver`, the `workers` and `all`) and more.
+    Its list `runs` holds dicts of `model`, `images`, `ms_per_image`, `peak_mb` (dict: MB) and more.
     """
-    return json.loads((committed_folder() / "bulk" / "scaling.json").read_text())
+    return json.loads((committed_folder() / "bulk" / "scaling.json").read_text(encoding="utf-8"))
 
 
-def select(results, fold=0, seed=0, source="BUSI", split="grouped"):
+def select(
+    results: pd.DataFrame, fold=0, seed=0, source="BUSI", split="grouped", profile="full"
+) -> pd.DataFrame:
     """Return the rows that may stand in one table: one data set, split and fold, the whole fold.
 
     Raises:
         ValueError: there are none, or some scored other images than the rest of their task.
     """
     if len(results):
-        wanted = {"source": source, "fold": fold, "seed": seed, "split": split}
+        wanted = {"source": source, "fold": fold, "seed": seed, "split": split, "profile": profile}
         results = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     if not len(results):
         raise ValueError(
@@ -368,45 +375,3 @@ def select(results, fold=0, seed=0, source="BUSI", split="grouped"):
                 "run their notebooks again"
             )
     return results.reset_index(drop=True)
-
-
-def _with_score(results):
-    """Add `score`, `low`, `high` and `score_name`: the Dice of outlines, the accuracy of classes."""
-    outlines = results.task == "segmentation"
-    named = results.assign(score_name=outlines.map({True: "Dice", False: "accuracy"}))
-    for ours, end in (("score", ""), ("low", "_low"), ("high", "_high")):
-        dice, accuracy = (
-            results.get(f"{name}{end}", pd.Series(float("nan"), index=results.index))
-            for name in ("lesions_dice", "all_accuracy")
-        )
-        named[ours] = dice.where(outlines, accuracy)
-    return named
-
-
-def _flat(file):
-    try:
-        result = json.loads(file.read_text())
-        if result["format"] != FORMAT:
-            raise ValueError(f"format {result['format']}, not {FORMAT}")
-        flat = {name: result[name] for name in ("model", "task", "prompt")} | result["data"]
-        flat |= {name: result[name] for name in ("seed", "device", "seconds", "date")}
-        gain = result.get("gain_over_ellipse", {})
-        flat |= {
-            "gain": gain.get("mean"),
-            "gain_low": gain.get("low"),
-            "gain_high": gain.get("high"),
-        }
-        kept = result["details"].get("training", {}).get("kept", {})
-        flat |= {f"kept_{name}": value for name, value in kept.items()}
-        flat |= result["details"].get("detection", {})
-        for part, values in result["summary"].items():
-            for metric, value in values.items():
-                if metric != "images":
-                    flat[f"{part}_{metric}"] = value["mean"]
-                    flat[f"{part}_{metric}_low"] = value["low"]
-                    flat[f"{part}_{metric}_high"] = value["high"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file} is no whole result file ({error!r}); delete it and run its notebook again"
-        ) from error
-    return flat | {"file": file.name}

@@ -1,4 +1,4 @@
-"""A breast-ultrasound phantom in BUSI's own layout, for whoever can't have BUSI itself.
+"""Synthetic breast-ultrasound images in BUSI's own layout, for whoever can't have BUSI itself.
 
 A frame starts as a map of echogenicity in dB (skin, fat with Cooper's ligaments, fibroglandular
 tissue, pectoral muscle, chest wall) with its lesions, is attenuated along the beam, and is seen
@@ -10,7 +10,7 @@ aperture translation", IEEE Trans. UFFC 33 (1986) 257 (compounding of looks); A.
 "Solid breast nodules", Radiology 196 (1995) 123 (what benign and malignant lesions look like).
 
 The set also has BUSI's flaws, told in a `busi_groups.csv` of its own: several masks for one image,
-near-copies, one frame in two class folders, burned-in marks, frames of the axilla.
+near-duplicates, one frame in two class folders, burned-in marks, frames of the axilla.
 """
 
 import json
@@ -29,7 +29,7 @@ from helpers.data import DATASET_FOLDER, SYNTHETIC_MARKER
 
 CLASSES = ("benign", "malignant", "normal")
 VERSION = 1
-LEAST_TO_LEARN_FROM = 8  # images per class, so that five folds can be dealt
+LEAST_PRETRAINING = 8  # images per class, so that there are five folds
 PRETRAINING_SEED = 11
 AXIAL_SIGMA = 1.3  # px, width of the point-spread function along the beam
 LATERAL_SIGMA = (1.8, 4.2)  # px, across the beam: at the transducer and at the bottom
@@ -38,7 +38,7 @@ NOISE_DB = -40.0  # electronic noise, against glandular tissue at 0 dB
 
 
 def make_busi(root, images_per_class, seed=0):
-    """Write a phantom data set in BUSI's layout, whole or not at all.
+    """Write a synthetic data set in BUSI's layout, whole or not at all.
 
     Image k of a class depends on the seed, the class and k alone, so a larger set begins with the
     images of a smaller one.
@@ -60,12 +60,8 @@ def make_busi(root, images_per_class, seed=0):
     if images_per_class < 1:
         raise ValueError(f"images_per_class is {images_per_class}; it must be at least 1")
     root = Path(root)
-    marker = {
-        "generator": "helpers.synthetic",
-        "version": VERSION,
-        "images_per_class": int(images_per_class),
-        "seed": int(seed),
-    }
+    marker = {"generator": "helpers.synthetic", "version": VERSION}
+    marker |= {"images_per_class": int(images_per_class), "seed": int(seed)}
     if _is_finished(root, marker):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -80,22 +76,22 @@ def make_busi(root, images_per_class, seed=0):
     return root
 
 
-def to_learn_from(images_per_class, folder=""):
-    """Make phantoms for a network to learn from before it sees real images.
+def pretraining_set(images_per_class, folder=""):
+    """Make synthetic images for a network to be pretrained on before it sees real ones.
 
     Args:
-        images_per_class: `LEAST_TO_LEARN_FROM` or more.
+        images_per_class: `LEAST_PRETRAINING` or more.
         folder: to keep them in; "" is `helpers.cache.folder()`.
 
     Returns:
-        (train, val): rows of an index. They are other phantoms than those that stand in for BUSI.
+        (train, val): rows of an index. They are other images than those that stand in for BUSI.
 
     Raises:
         ValueError: fewer images than can be split.
     """
-    if images_per_class < LEAST_TO_LEARN_FROM:
+    if images_per_class < LEAST_PRETRAINING:
         raise ValueError(
-            f"phantoms is {images_per_class}; it must be 0 (none), or {LEAST_TO_LEARN_FROM} or more"
+            f"pretrain_images is {images_per_class}; it must be 0 (none), or {LEAST_PRETRAINING} or more"
         )
     name = f"synthetic-v{VERSION}-{images_per_class}-pretraining"
     root = make_busi(cache.folder(folder) / name, images_per_class, PRETRAINING_SEED)
@@ -150,7 +146,7 @@ def _write_image(folder, label, number, seed):
     }
 
 
-# ---------------------------------------------------------------------------- what each image is
+# What each image is
 
 
 @dataclass(frozen=True)
@@ -165,10 +161,10 @@ class Plan:
 
 
 def _plan(label, number):
-    """Deal BUSI's flaws out by number: small sets have them too, large ones in BUSI's shares."""
+    """Assign BUSI's flaws by number: small sets have them too, large ones in BUSI's shares."""
     own = source = (label, number)
     cycle = number % 12
-    if cycle in (4, 5):  # a near-copy, another frame of the same lesion
+    if cycle in (4, 5):  # a near-duplicate, another frame of the same lesion
         source = (label, number - 3)
     conflict = label != "normal" and number % 36 == 6
     if conflict:
@@ -209,7 +205,7 @@ def _frame(plan, seed):
 
 
 def _save_again(rng, image, masks):
-    """Crop up to 4 % off each side and change the gain, as between BUSI's near-copies."""
+    """Crop up to 4 % off each side and change the gain, as between BUSI's near-duplicates."""
     height, width = image.shape
     top, bottom = (rng.uniform(0, 0.04, 2) * height).astype(int)
     left, right = (rng.uniform(0, 0.04, 2) * width).astype(int)
@@ -225,19 +221,13 @@ def _move_probe(rng, echo_db, lesions):
     bend = 0.03 * height * _noise(rng, z.shape, height / 6, width / 6)
     down = bend * z / height - rng.uniform(0.03, 0.1) * z
     right = rng.uniform(0.01, 0.07) * width - 0.08 * x
-    moved = [
-        Lesion(
-            _largest_part(_shift(lesion.mask, down, right) > 0.5),
-            _shift(lesion.coverage, down, right),
-            lesion.through_db,
-            lesion.edge_db,
-        )
-        for lesion in lesions
-    ]
-    return _shift(echo_db, down, right), moved
+    for lesion in lesions:
+        lesion.mask = _largest_part(_shift(lesion.mask, down, right) > 0.5)
+        lesion.coverage = _shift(lesion.coverage, down, right)
+    return _shift(echo_db, down, right), lesions
 
 
-# ------------------------------------------------------------------------------------ the tissue
+# The tissue
 
 
 def _noise(rng, shape, scale_z, scale_x):
@@ -313,7 +303,7 @@ def _tissue(rng, shape, axilla):
     return skin + _step(z - skin_end - 0.006, 0.002) * (layers - skin)
 
 
-# ------------------------------------------------------------------------------------ the lesion
+# The lesion
 
 
 @dataclass
@@ -344,18 +334,11 @@ def _scene(rng, label, number):
 
 
 def _add_lesion(rng, echo_db, benign, centre, largest):
-    """Put one lesion into the tissue.
+    """Return tissue `echo_db`, float32 (H, W), with one lesion in it, and the Lesion.
 
-    Args:
-        rng: generator.
-        echo_db: float32 (H, W), the tissue.
-        benign: an oval wider than tall, with a capsule and enhancement behind it; else an irregular
-            shape taller than wide, with an ill-defined margin, a halo and a shadow (Stavros 1995).
-        centre: share of the width.
-        largest: greatest area, as a share of the image.
-
-    Returns:
-        echo_db with the lesion in it, and the Lesion.
+    Benign: an oval wider than tall, with a capsule and enhancement behind it; else an irregular shape
+    taller than wide, with an ill-defined margin, a halo and a shadow (Stavros 1995). `centre` is a share
+    of the width, `largest` the greatest area as a share of the image.
     """
     height, width = echo_db.shape
     median, spread, smallest = (0.042, 1.0, 0.006) if benign else (0.125, 0.75, 0.02)
@@ -430,7 +413,7 @@ def _largest_part(mask):
     return parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
 
 
-# ----------------------------------------------------------------------------------- the scanner
+# The scanner
 
 
 def _scan(rng, echo_db, lesions):
@@ -476,19 +459,12 @@ def _behind(lesion):
 
 
 def _speckle(rng, amplitude):
-    """Return one look's envelope over fully developed speckle.
+    """Return one look's envelope over fully developed speckle, float32 (H, W), of the same mean power.
 
     Many scatterers per resolution cell add up to circular complex Gaussian echoes, so the envelope
     is Rayleigh distributed: its mean is 1.91 of its standard deviations (Wagner 1983). The
-    point-spread function is demodulated, as a carrier only turns phases that are uniform already.
-
-    Args:
-        rng: generator.
-        amplitude: float32 (H, W), root of the echogenicity.
-
-    Returns:
-        float32 (H, W), of the same mean power; the speckle is finer along the beam than across it,
-        and widens with depth.
+    point-spread function is demodulated, as a carrier only turns phases that are uniform already. The
+    speckle is finer along the beam than across it, and widens with depth.
     """
     height, width = amplitude.shape
     echoes = rng.standard_normal((height, width, 2), dtype=np.float32) * amplitude[..., None]
@@ -502,7 +478,7 @@ def _speckle(rng, amplitude):
     return envelope * np.sqrt(2 * np.pi * AXIAL_SIGMA * lateral)  # undoes the filters' loss
 
 
-# ------------------------------------------------------------------------------------- the marks
+# The marks
 
 
 def burn_in(image, masks, marks, colour, rng):

@@ -1,65 +1,58 @@
 """What is made of result files: the tables and the figure of README and of notebook 06.
 
-`python -m helpers.tables`, which is `make table`, writes README's.
+`python -m helpers.tables`, which is `make table`, writes README's. A row is found by its key and prompt.
 """
-
-import json
 
 import pandas as pd
 
-from helpers import cache, data
-from helpers.results import INPUTS, PROMPTS, folder, load_all, select
-from helpers.scale import search
+from helpers import cache, data, metrics
+from helpers.results import INPUTS, PROMPTS, folder, load_all, opened, select
 
-# What the comparison wants to see: the notebook that makes it, the prompt, a part of the model's name.
+# What the comparison wants to see: the notebook that makes it, the key and the prompt.
 EXPECTED = (
-    ("02_sam_finetune", "ground-truth box", "(usual recipe)"),
-    ("03_medsam", "ground-truth box", "released weights"),
-    ("03_medsam", "ground-truth box", "(validated recipe)"),
-    ("04_unet_keras", "none", "U-Net, reference recipe"),
-    ("04_unet_keras", "none", "U-Net, validated recipe"),
-    ("05_vgg16_classification", "image alone", "VGG-16"),
-    ("05_vgg16_classification", "image with predicted mask", "VGG-16"),
-    ("05_vgg16_classification", "image with ground-truth mask", "VGG-16"),
-    ("05_vgg16_classification", "ground-truth outline alone", "solidity"),
-    ("05_vgg16_classification", "image alone", "embedding"),
-    ("07_automatic_pipeline", "predicted box", "automatic pipeline"),
-    ("07_automatic_pipeline", "image with predicted mask", "automatic pipeline"),
+    ("02_sam_finetune", "sam-finetuned", "ground-truth box"),
+    ("03_medsam", "medsam-released", "ground-truth box"),
+    ("03_medsam", "medsam-finetuned", "ground-truth box"),
+    ("04_unet_keras", "unet-reference", "none"),
+    ("04_unet_keras", "unet-improved", "none"),
+    ("05_vgg16_classification", "vgg", "image alone"),
+    ("05_vgg16_classification", "vgg", "image with predicted mask"),
+    ("05_vgg16_classification", "vgg", "image with ground-truth mask"),
+    ("05_vgg16_classification", "solidity", "ground-truth mask alone"),
+    ("05_vgg16_classification", "embedding-probe", "image alone"),
+    ("07_automatic_pipeline", "pipeline", "predicted box"),
+    ("07_automatic_pipeline", "pipeline", "image with predicted mask"),
 )
-# The table of the reference project: mean losses, and of VGG-16 the accuracy, on validation images.
+# The table of the reference project, mean losses and of VGG-16 the accuracy on validation images; and the
+# key, prompt and loss of the row of ours that stands beside it.
 PUBLISHED = (
-    ("U-Net", "mean squared error", 0.0036, 0.0200, ""),
-    ("SAM", "Dice loss", 0.070, 0.067, ""),
-    ("MedSAM", "Dice loss", 0.064, 0.058, ""),
-    ("VGG-16", "cross entropy", 0.0672, 0.6191, "accuracy 0.861"),
+    ("U-Net", "mean squared error", 0.0036, 0.0200, "", "unet-reference", "none", "loss"),
+    ("SAM", "Dice loss", 0.070, 0.067, "", "sam-finetuned", "ground-truth box", "dice_loss"),
+    ("MedSAM", "Dice loss", 0.064, 0.058, "", "medsam-finetuned", "ground-truth box", "dice_loss"),
+    ("VGG-16", "cross entropy", 0.0672, 0.6191, "accuracy 0.861", "vgg", "image alone", "loss"),
 )
 
 
-def missing(results):
+def missing(results: pd.DataFrame) -> pd.DataFrame:
     """List what the comparison lacks.
 
     Args:
         results: DataFrame from `select`.
 
     Returns:
-        DataFrame: `missing` (model and prompt) and `notebook`, which makes it; empty where all is there.
+        DataFrame: `missing` (key and prompt) and `notebook`, which makes it; empty where all is there.
     """
-    return pd.DataFrame(
-        [
-            {"missing": f"{model.strip('()')}, {prompt}", "notebook": f"{notebook}.ipynb"}
-            for notebook, prompt, model in EXPECTED
-            if not _find(results, prompt, model).any()
-        ],
-        columns=["missing", "notebook"],
-    )
+    there = set(zip(results.key, results.prompt))
+    lacking = [
+        {"missing": f"{key}, {prompt}", "notebook": f"{notebook}.ipynb"}
+        for notebook, key, prompt in EXPECTED
+        if (key, prompt) not in there
+    ]
+    return pd.DataFrame(lacking, columns=["missing", "notebook"])
 
 
-def _find(results, prompt, model):
-    return (results.prompt == prompt) & results.model.str.contains(model, regex=False)
-
-
-def table(results):
-    """Lay outline rows out for reading, automatic rows first, ground-truth boxes last.
+def table(results: pd.DataFrame) -> pd.DataFrame:
+    """Lay segmentation rows out for reading, automatic rows first, ground-truth boxes last.
 
     Args:
         results: DataFrame from `select`.
@@ -70,40 +63,31 @@ def table(results):
         normal images with a false alarm, and the gain in Dice over the ellipse.
     """
     rows = _ordered(results[results.task == "segmentation"], PROMPTS)
-    columns = {"Prompt": rows.prompt, "Model": rows.model, "Images": rows.images.astype(str)}
+    columns = {"Prompt": rows.prompt, "Model": rows.title, "Images": rows.images.astype(str)}
     for part, title in (("lesions", "Dice"), ("benign", "benign"), ("malignant", "malignant")):
         columns[title] = _with_interval(rows, f"{part}_dice", ".3")
     columns["HD95, px"] = _with_interval(rows, "lesions_hd95", ".1")
     columns["NSD, 2 px"] = _with_interval(rows, "lesions_nsd", ".3")
     if "normal_dice" in rows:
-        columns["False alarms"] = [
-            "" if pd.isna(dice) else f"{1 - dice:.0%}" for dice in rows.normal_dice
-        ]
+        columns["False alarms"] = [_text(1 - dice, ".0%") for dice in rows.normal_dice]
     columns["Gain over the ellipse"] = _with_interval(rows, "gain", "+.3")
     return pd.DataFrame(columns).reset_index(drop=True)
 
 
-def class_table(results):
+def class_table(results: pd.DataFrame) -> pd.DataFrame:
     """Lay classification rows out for reading, those from the image alone first.
 
     Args:
         results: DataFrame from `select`.
 
     Returns:
-        DataFrame of text: what the model is given, model, images, and with its interval accuracy,
-        balanced accuracy, macro AUC, malignant sensitivity and specificity, calibration error.
+        DataFrame of text: what the model is given, model, images, and each metric of
+        `helpers.metrics.CLASSIFICATION` with its interval.
     """
     rows = _ordered(results[results.task == "classification"], INPUTS)
-    columns = {"Given": rows.prompt, "Model": rows.model, "Images": rows.images.astype(str)}
-    for metric, title in (
-        ("accuracy", "Accuracy"),
-        ("balanced_accuracy", "Balanced accuracy"),
-        ("macro_auc", "Macro AUC"),
-        ("sensitivity", "Malignant sensitivity"),
-        ("specificity", "Malignant specificity"),
-        ("calibration_error", "Calibration error"),
-    ):
-        columns[title] = _with_interval(rows, f"all_{metric}", ".3")
+    columns = {"Given": rows.prompt, "Model": rows.title, "Images": rows.images.astype(str)}
+    for metric, title in metrics.CLASSIFICATION.items():
+        columns[title[0].upper() + title[1:]] = _with_interval(rows, f"all_{metric}", ".3")
     return pd.DataFrame(columns).reset_index(drop=True)
 
 
@@ -112,8 +96,8 @@ def _ordered(rows, prompts):
     return rows.assign(order=order).sort_values(["order", "score"], ascending=[True, False])
 
 
-def leakage_table(results, fold=0, seed=0, source="BUSI"):
-    """Show what near-copies in training are worth: models judged on the random split beside the grouped.
+def leakage_table(results: pd.DataFrame, fold=0, seed=0, source="BUSI") -> pd.DataFrame:
+    """Show how much a random split inflates scores: models on the random split beside the grouped one.
 
     Args:
         results: DataFrame from `load_all`.
@@ -125,25 +109,38 @@ def leakage_table(results, fold=0, seed=0, source="BUSI"):
     """
     lines = []
     for row in _on_both_splits(results, fold, seed, source).to_dict("records"):
-        line = {"Model": row["model"], "Score": row["score_name"]}
+        line = {"Model": row["title"], "Score": row["score_name"]}
         for split in ("grouped", "random"):
-            value, low, high = (row[f"{end}_{split}"] for end in ("score", "low", "high"))
-            line[f"{split.capitalize()} split"] = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            line[f"{split.capitalize()} split"] = _interval(
+                *(row[f"{end}_{split}"] for end in ("score", "low", "high"))
+            )
         lines.append(line | {"Difference": f"{row['score_random'] - row['score_grouped']:+.3f}"})
     titles = ["Model", "Score", "Grouped split", "Random split", "Difference"]
     return pd.DataFrame(lines, columns=titles)
 
 
-def folds_table(results, model="automatic pipeline", seed=0, source="BUSI"):
+def _on_both_splits(results, fold, seed, source):
+    """Return the main score of each model that was scored on both splits."""
+    results = results[results.source.eq(source) & results.fold.eq(fold) & results.seed.eq(seed)]
+    splits = []
+    for split in ("grouped", "random"):
+        rows = results[results.split == split]
+        splits.append(rows[rows.images == rows.groupby("task").images.transform("max")])
+    names = ["key", "prompt", "score_name", "score", "low", "high"]
+    grouped, random = splits[0][["title", *names]], splits[1][names]
+    return grouped.merge(random, on=names[:3], suffixes=("_grouped", "_random"))
+
+
+def folds_table(results: pd.DataFrame, key="pipeline", seed=0, source="BUSI") -> pd.DataFrame:
     """Show a pipeline on each test fold, each time trained without it, and the mean over the folds.
 
     Args:
         results: DataFrame from `load_all`.
-        model: its name.
+        key: of the pipeline's results.
         seed, source: as for `select`.
 
     Returns:
-        DataFrame of text, one row per fold that was judged, and with all five their mean: test fold, and
+        DataFrame of text, one row per fold that was scored, and with all five their mean: test fold, and
         on it mean Dice of lesion images, lesions found, false alarms per normal image,
         accuracy, malignant sensitivity and calibration error.
     """
@@ -155,88 +152,62 @@ def folds_table(results, model="automatic pipeline", seed=0, source="BUSI"):
         "Malignant sensitivity": ("all_sensitivity", ".3f"),
         "Calibration error": ("all_calibration_error", ".3f"),
     }
-    wanted = {"model": model, "seed": seed, "source": source, "split": "grouped"}
+    wanted = {"key": key, "seed": seed, "source": source, "split": "grouped"}
     rows = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     rows = rows[rows.images == rows.groupby("fold").images.transform("max")]
-    # The outlines' file and the classes' file of a fold fill each other's gaps.
+    # The files of segmentation and classification of a fold fill each other's gaps.
     names = [column for column, _ in columns.values()]
     folds = rows.reindex(columns=["fold", *names]).groupby("fold").first()
     if len(folds) == data.N_FOLDS:
         folds.loc["mean"] = folds.mean()
-    table = {"Test fold": folds.index.astype(str)}
-    for title, (name, digits) in columns.items():
-        table[title] = ["" if pd.isna(value) else f"{value:{digits}}" for value in folds[name]]
-    return pd.DataFrame(table)
+    texts = {
+        title: [_text(value, digits) for value in folds[name]]
+        for title, (name, digits) in columns.items()
+    }
+    return pd.DataFrame({"Test fold": folds.index.astype(str)} | texts)
 
 
-def _on_both_splits(results, fold, seed, source):
-    """Return the main score of each model that was judged on both splits."""
-    results = results[results.source.eq(source) & results.fold.eq(fold) & results.seed.eq(seed)]
-    splits = []
-    for split in ("grouped", "random"):
-        rows = results[results.split == split]
-        whole = rows.images == rows.groupby("task").images.transform("max")
-        splits.append(rows[whole])
-    keys = ["task", "prompt", "model", "score_name"]
-    kept = [part[[*keys, "score", "low", "high"]] for part in splits]
-    return kept[0].merge(kept[1], on=keys, suffixes=("_grouped", "_random"))
-
-
-def conclusion(results, everything):
+def conclusion(results: pd.DataFrame, everything: pd.DataFrame) -> str:
     """Say in words what the rows show: Markdown, every number read from them.
 
     Args:
         results: DataFrame from `select`.
         everything: DataFrame from `load_all`, for the random split.
     """
-
-    def best(prompt):
-        rows = results[results.prompt == prompt]
-        return rows.loc[rows.score.idxmax()] if len(rows) else None
-
-    def told(row):
-        return f"**{row.score:.3f}** [{row.low:.3f}, {row.high:.3f}]"
-
+    best = "{title} is best: Dice {score} on lesion images."
+    alarms = "It marks something on {alarms:.0%} of the normal ones."
+    sentences = {
+        "none": f"Without a box, {best} {alarms}",
+        "predicted box": f"With a box that it predicts itself, {best} {alarms}",
+        "ground-truth box": "With the ground-truth box, which comes from the answer, {title} reaches Dice "
+        "{score}; over an ellipse that fills the same box it gains {gain:+.3f}.",
+        "image alone": "From the image alone, {title} classifies best: accuracy {score}, balanced "
+        "{all_balanced_accuracy:.3f}; it finds {all_sensitivity:.0%} of the malignant lesions.",
+        "ground-truth mask alone": "The ground-truth mask alone, without the image, gives accuracy {score}: "
+        "laying it over the image leaks the label.",
+    }
     lines = []
-    if (row := best("none")) is not None:
-        lines.append(
-            f"Without a box, {row.model} outlines best: Dice {told(row)} on lesion images. It marks "
-            f"something on {1 - row.normal_dice:.0%} of the normal ones."
-        )
-    if (row := best("predicted box")) is not None:
-        lines.append(
-            f"With a box that it finds by itself, {row.model} outlines best: Dice {told(row)} on lesion "
-            f"images. It marks something on {1 - row.normal_dice:.0%} of the normal ones."
-        )
-    if (row := best("ground-truth box")) is not None:
-        lines.append(
-            f"With the ground-truth box, which comes from the answer, {row.model} reaches Dice {told(row)}; "
-            f"over an ellipse that fills the same box it gains {row.gain:+.3f}."
-        )
-    if (row := best("image alone")) is not None:
-        lines.append(
-            f"From the image alone, {row.model} names best: accuracy {told(row)}, balanced "
-            f"{row.all_balanced_accuracy:.3f}; of the malignant lesions it finds {row.all_sensitivity:.0%}."
-        )
-    if (row := best("ground-truth outline alone")) is not None:
-        lines.append(
-            f"The ground-truth outline alone, without the image, gives accuracy {told(row)}: whoever lays it "
-            "over the image measures the annotator."
-        )
+    for prompt, sentence in sentences.items():
+        rows = results[results.prompt == prompt]
+        if len(rows):
+            row = rows.loc[rows.score.idxmax()].to_dict()
+            row["alarms"] = 1 - row.get("normal_dice", float("nan"))
+            row["score"] = f"**{row['score']:.3f}** [{row['low']:.3f}, {row['high']:.3f}]"
+            lines.append(sentence.format(**row))
     first = results.iloc[0]
     pairs = _on_both_splits(everything, first.fold, first.seed, first.source)
-    for row in pairs.itertuples():
-        lines.append(
-            f"On a random split, {row.model} scores {row.score_random - row.score_grouped:+.3f} "
-            f"{row.score_name} against the grouped one."
-        )
+    lines += [
+        f"On a random split, {row.title} scores {row.score_random - row.score_grouped:+.3f} "
+        f"{row.score_name} against the grouped one."
+        for row in pairs.itertuples()
+    ]
     lines += [
         f"Missing: {row.missing}; run {row.notebook}." for row in missing(results).itertuples()
     ]
     return "\n".join(f"- {line}" for line in lines)
 
 
-def beside_published(results):
+def beside_published(results: pd.DataFrame) -> pd.DataFrame:
     """Put the reference project's table beside our runs, in the same losses.
 
     Args:
@@ -246,121 +217,107 @@ def beside_published(results):
         DataFrame of text: network, loss, its published training and validation value and the published
         score (on validation images), ours, which row of ours it is, and its score on the test fold.
     """
-    ours = {
-        "U-Net": ("none", "U-Net, reference recipe", "loss"),
-        "SAM": ("ground-truth box", "(usual recipe)", "dice_loss"),
-        "MedSAM": ("ground-truth box", "(validated recipe)", "dice_loss"),
-        "VGG-16": ("image alone", "VGG-16", "loss"),
-    }
     lines = []
-    for network, loss, train, val, accuracy in PUBLISHED:
-        prompt, model, column = ours[network]
-        found = results[_find(results, prompt, model)]
+    for network, loss, train, val, accuracy, key, prompt, column in PUBLISHED:
+        found = results[(results.key == key) & (results.prompt == prompt)]
         line = {"Network": network, "Loss": loss, "Published, training": f"{train:.4f}"}
-        line["Published, validation"] = f"{val:.4f}"
-        line["Published score"] = accuracy
+        line |= {"Published, validation": f"{val:.4f}", "Published score": accuracy}
         for subset, title in (("train", "training"), ("val", "validation")):
             values = found.get(f"kept_{subset}_{column}", pd.Series(dtype=float)).dropna()
             line[f"Ours, {title}"] = f"{values.iloc[0]:.4f}" if len(values) else "missing"
-        line["Our row"] = found.model.iloc[0] if len(found) else "missing"
-        line["On the test fold"] = "missing"
-        if len(found):
-            line["On the test fold"] = f"{found.score_name.iloc[0]} {found.score.iloc[0]:.3f}"
+        line |= {"Our row": "missing", "On the test fold": "missing"}
+        for row in found.itertuples():
+            line["Our row"] = row.title
+            line["On the test fold"] = f"{row.score_name} {row.score:.3f}"
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _text(value, digits):
+    return "" if pd.isna(value) else f"{value:{digits}}"
+
+
+def _interval(mean, low, high, digits=".3"):
+    return "" if pd.isna(mean) else f"{mean:{digits}f} [{low:{digits}f}, {high:{digits}f}]"
 
 
 def _with_interval(rows, column, digits):
     if column not in rows:
         return [""] * len(rows)
-    return [
-        "" if pd.isna(mean) else f"{mean:{digits}f} [{low:{digits}f}, {high:{digits}f}]"
-        for mean, low, high in zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"])
-    ]
+    parts = rows[column], rows[f"{column}_low"], rows[f"{column}_high"]
+    return [_interval(*values, digits) for values in zip(*parts)]
 
 
-def markdown(frame):
+def markdown(frame: pd.DataFrame) -> str:
     """Write a DataFrame of text as a Markdown table."""
     lines = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tricks_table(path=""):
-    """Lay results/ablation.csv out for reading: what each fine-tuning trick gave on validation.
+def ablation_table(path="") -> pd.DataFrame:
+    """Lay results/ablation.csv out for reading: what each variant of fine-tuning gave on validation.
 
     Args:
         path: folder of result files, as for `folder`.
 
     Returns:
-        DataFrame of text: trick, the epoch that was kept, and mean Dice with tight boxes (all, benign,
+        DataFrame of text: variant, the epoch that was kept, and mean Dice with tight boxes (all, benign,
         malignant) and with jittered ones.
     """
-    tricks = pd.read_csv(folder(path) / "ablation.csv")
-    columns = {"Trick": tricks.trick}
-    columns["Kept epoch"] = [
-        "" if pd.isna(epoch) else f"{epoch:.0f}" for epoch in tricks.kept_epoch
-    ]
+    variants = pd.read_csv(folder(path) / "ablation.csv")
+    columns = {"Variant": variants.variant}
+    columns["Kept epoch"] = [_text(epoch, ".0f") for epoch in variants.kept_epoch]
     for column, title in (
         ("tight_dice", "Dice, tight box"),
         ("tight_benign", "benign"),
         ("tight_malignant", "malignant"),
         ("jittered_dice", "Dice, jittered box"),
     ):
-        columns[title] = tricks[column].map("{:.4f}".format)
+        columns[title] = variants[column].map("{:.4f}".format)
     return pd.DataFrame(columns)
 
 
-def tuned_table(path=""):
-    """Lay out what retrained recipes score on the test fold, from the files of `helpers.scale.search.read_test`.
+def tuned_table(path="") -> pd.DataFrame:
+    """Lay out what retrained configs score on the test fold, from `helpers.scale.search.read_test`'s files.
 
     Args:
-        path: folder of result files, as for `folder`; the files lie in `tuned/` there.
+        path: folder of result files, as for `folder`; the files lie in `tuned/` there, and their keys end
+            in "-default" and "-winner".
 
     Returns:
-        DataFrame of text: model, recipe, images, which score, its mean over seeds with the interval over
+        DataFrame of text: model, config, images, which score, its mean over seeds with the interval over
         groups, each seed's, and the gain over the default on the same images.
     """
     parts = {}
     for file in sorted((folder(path) / "tuned").glob("*.json")):
-        result = json.loads(file.read_text())
-        model, _, recipe = result["model"].partition(", ")
-        images = pd.DataFrame(
-            {
-                name: values
-                for name, values in result["per_image"].items()
-                if name in ("image_id", "label", "group", "dice")
-            }
-        )
-        if result["task"] == "classification":
-            found = pd.DataFrame(result["per_image"]["probability"]).idxmax(axis=1)
-            images["score"] = (found == images.label).astype(float)
-        else:
-            images = images[images.label != "normal"].rename(columns={"dice": "score"})
-        images = images.assign(recipe=recipe, seed=result["seed"])
-        parts.setdefault((model, result["task"]), []).append(images)
+        with opened(file) as result:
+            images = result["per_image"]
+            model, _, config = result["key"].rpartition("-")
+            scores = {name: images[name] for name in ("image_id", "label", "group")}
+            scores |= {"config": config, "seed": result["seed"]}
+            if result["task"] == "classification":
+                found = pd.DataFrame(images["probability"]).idxmax(axis=1)
+                scores = pd.DataFrame(scores | {"score": (found == images["label"]).astype(float)})
+            else:
+                scores = pd.DataFrame(scores | {"score": images["dice"]}).query("label != 'normal'")
+            name = "accuracy" if result["task"] == "classification" else "Dice"
+            title = result["title"].removesuffix(f", {config}")
+            parts.setdefault(model, (title, name, []))[2].append(scores)
     rows = []
-    for (model, task), each in parts.items():
+    for model, name, each in parts.values():
         scores = pd.concat(each, ignore_index=True)
-        for row in search.compare(scores, "default").to_dict("records"):
-            seeds = [value for name, value in row.items() if name.startswith("seed ")]
-            gain = ""
-            if row["recipe"] != "default":
-                gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
-            rows.append(
-                {
-                    "Model": model,
-                    "Recipe": row["recipe"],
-                    "Images": str(scores.image_id.nunique()),
-                    "Score": "accuracy" if task == "classification" else "Dice",
-                    "Mean of the seeds": f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
-                    "Each seed": ", ".join(f"{value:.3f}" for value in seeds),
-                    "Gain over the default": gain,
-                }
-            )
+        for row in metrics.compare(scores, "default").to_dict("records"):
+            line = {"Model": model, "Config": row["config"]}
+            line |= {"Images": str(scores.image_id.nunique()), "Score": name}
+            line["Mean of the seeds"] = _interval(row["mean"], row["low"], row["high"])
+            seeds = [value for title, value in row.items() if title.startswith("seed ")]
+            line["Each seed"] = ", ".join(f"{value:.3f}" for value in seeds)
+            gain = [row.get(end, float("nan")) for end in ("gain", "gain_low", "gain_high")]
+            rows.append(line | {"Gain over the default": _interval(*gain, "+.3")})
     return pd.DataFrame(rows)
 
 
-def readme_tables(results):
+def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the tables of README by the name of their block, from the frame of `load_all`."""
     return {
         "results": table(select(results)),
@@ -368,25 +325,24 @@ def readme_tables(results):
         "published": beside_published(select(results)),
         "leakage": leakage_table(results),
         "folds": folds_table(results),
-        "tricks": tricks_table(),
+        "ablation": ablation_table(),
         "tuned": tuned_table(),
     }
 
 
-def write_readme():
+def write_readme() -> None:
     """Make README's tables and figure from the files in results/."""
     from helpers import plots
 
     everything = load_all()
-    results = select(everything)
     readme = folder().parent / "README.md"
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     for name, frame in readme_tables(everything).items():
         before, start, rest = text.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         text = f"{before}{start}\n{markdown(frame)}\n{end}{after}"
-    cache.write(readme, text.encode())
-    plots.comparison(results).savefig(folder() / "comparison.png", dpi=150)
+    cache.write(readme, text)
+    plots.comparison(select(everything)).savefig(folder() / "comparison.png", dpi=150)
 
 
 if __name__ == "__main__":

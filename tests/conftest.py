@@ -1,4 +1,4 @@
-"""Settings for the notebooks that pytest runs, and the small phantom set that the tests share."""
+"""Settings for the notebooks that pytest runs, and the small synthetic set that the tests share."""
 
 import os
 import tempfile
@@ -28,11 +28,10 @@ os.environ |= {
     "NB_UNET_WIDTH": "2",
     "NB_UNET_SIZE": "32",
     "NB_UNET_EPOCHS": "2",
-    "NB_PHANTOMS": "8",
-    "NB_VGG_WEIGHTS": "phantoms",
+    "NB_PRETRAIN_IMAGES": "8",
+    "NB_VGG_WEIGHTS": "synthetic",
     "NB_VGG_WIDTH": "4",
     "NB_VGG_SIZE": "32",
-    "NB_HEAD_EPOCHS": "2",
     "NB_FACTORS": "1",
     "NB_SEEDS": "1",
     "NB_TRIALS": "2",
@@ -71,26 +70,26 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def phantom(tmp_path_factory):
+def synthetic_root(tmp_path_factory):
     """Root of a synthetic set with 8 images per class."""
     from helpers.synthetic import make_busi
 
-    return make_busi(tmp_path_factory.mktemp("phantom") / "busi", 8)
+    return make_busi(tmp_path_factory.mktemp("synthetic") / "busi", 8)
 
 
 @pytest.fixture(scope="session")
-def index(phantom):
+def index(synthetic_root):
     from helpers import data
 
-    return data.load_index(phantom)
+    return data.load_index(synthetic_root)
 
 
 @pytest.fixture
-def phantom_copy(phantom, tmp_path):
+def synthetic_copy(synthetic_root, tmp_path):
     """The same set, free to be damaged."""
     import shutil
 
-    return shutil.copytree(phantom, tmp_path / "busi")
+    return shutil.copytree(synthetic_root, tmp_path / "busi")
 
 
 @pytest.fixture

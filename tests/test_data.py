@@ -40,7 +40,7 @@ def test_table_holds_busi():
     assert TABLE.group_extended.nunique() == 555
 
 
-def test_stored_folds_are_what_scikit_learn_deals():
+def test_stored_folds_are_what_scikit_learn_gives():
     assert TABLE.fold.tolist() == data.assign_folds(table_index()).tolist()
 
 
@@ -73,7 +73,7 @@ def test_validation_is_the_next_fold():
         assert set(split.fold[split.subset == "val"]) == {(fold + 1) % data.N_FOLDS}
 
 
-def test_other_seeds_deal_other_folds():
+def test_other_seeds_give_other_folds():
     index = table_index()
     one, two = data.split(index, seed=1), data.split(index, seed=2)
     assert set(one.image_id[one.subset == "test"]) != set(two.image_id[two.subset == "test"])
@@ -140,17 +140,17 @@ def test_random_split_leaks_what_the_design_measured():
 # The index
 
 
-def test_index_of_the_phantom(index, phantom):
+def test_index_of_a_synthetic_set(index, synthetic_root):
     assert list(index.columns) == data.COLUMNS
     assert set(index.source) == {"synthetic"}
     assert index.label.value_counts().to_dict() == dict.fromkeys(data.LABELS, 8)
     assert (index.mask_paths.map(len) > 1).any()
     assert all(path.is_file() for path in index.image_path)
-    assert data.load_index(phantom / data.DATASET_FOLDER).equals(index)
+    assert data.load_index(synthetic_root / data.DATASET_FOLDER).equals(index)
 
 
-def test_index_keeps_the_columns_of_its_table(index, phantom):
-    table = pd.read_csv(phantom / "busi_groups.csv", keep_default_na=False)
+def test_index_keeps_the_columns_of_its_table(index, synthetic_root):
+    table = pd.read_csv(synthetic_root / "busi_groups.csv", keep_default_na=False)
     assert index.group.tolist() == table.group_extended.tolist()
     assert index.same_frame.tolist() == table.group_same_frame.tolist()
     assert index.group.tolist() != index.same_frame.tolist()
@@ -172,7 +172,7 @@ def test_measure(index):
     assert row.area_share == truth.sum() / truth.size
 
 
-def test_signature_hangs_on_pixels_masks_and_names_alone(index, tmp_path):
+def test_signature_depends_on_pixels_masks_and_names_alone(index, tmp_path):
     rows = index.iloc[:2].copy()
     before = data.signature(rows)
     stored_as_rgb = tmp_path / "copy.png"
@@ -186,7 +186,7 @@ def test_signature_hangs_on_pixels_masks_and_names_alone(index, tmp_path):
 
 
 @pytest.mark.parametrize("column", ["mask_paths", "group", "image_id"])
-def test_signature_hangs_on_each_part(column, index):
+def test_signature_depends_on_each_part(column, index):
     row = index[(index.label == "benign") & (index.objection == "")].iloc[[0]]
     changed = row.copy()
     changed[column] = [()] if column == "mask_paths" else ["another"]
@@ -217,21 +217,21 @@ def test_index_of_busi():
 # Finding the data
 
 
-def test_root_and_environment(phantom, monkeypatch):
-    assert data.find_busi(phantom) == phantom / data.DATASET_FOLDER
-    monkeypatch.setenv("BUSI_DIR", str(phantom))
-    assert data.find_busi() == phantom / data.DATASET_FOLDER
+def test_root_and_environment(synthetic_root, monkeypatch):
+    assert data.find_busi(synthetic_root) == synthetic_root / data.DATASET_FOLDER
+    monkeypatch.setenv("BUSI_DIR", str(synthetic_root))
+    assert data.find_busi() == synthetic_root / data.DATASET_FOLDER
 
 
-def test_kagglehub_is_asked_last(phantom, monkeypatch):
+def test_kagglehub_is_asked_last(synthetic_root, monkeypatch):
     import kagglehub
 
     monkeypatch.delenv("BUSI_DIR", raising=False)
     asked = []
     monkeypatch.setattr(
-        kagglehub, "dataset_download", lambda handle: asked.append(handle) or phantom
+        kagglehub, "dataset_download", lambda handle: asked.append(handle) or synthetic_root
     )
-    assert data.find_busi() == phantom / data.DATASET_FOLDER
+    assert data.find_busi() == synthetic_root / data.DATASET_FOLDER
     assert asked == ["aryashah2k/breast-ultrasound-images-dataset/versions/1"]
 
 
@@ -255,16 +255,16 @@ def test_no_busi_no_network_names_all_three_ways():
 
 
 @pytest.mark.usefixtures("offline")
-def test_the_phantom_never_steps_in_silently(monkeypatch, tmp_path, capsys):
+def test_synthetic_images_never_step_in_silently(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     index = data.load_dataset("auto", 6)
     assert set(index.source) == {"synthetic"}
-    assert "SYNTHETIC phantom, not patients (BUSI was not found" in capsys.readouterr().out
+    assert "SYNTHETIC images, not patients (BUSI was not found" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="BUSI was not found"):
         data.load_dataset("busi")
 
 
-def test_a_wrong_busi_dir_is_an_error_and_no_reason_for_the_phantom(monkeypatch, tmp_path):
+def test_a_wrong_busi_dir_is_an_error_and_no_reason_for_synthetic_images(monkeypatch, tmp_path):
     monkeypatch.setenv("BUSI_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"\$BUSI_DIR is .* which is not BUSI"):
         data.load_dataset("auto")
@@ -283,21 +283,21 @@ def test_a_folder_that_is_not_busi(root, tmp_path, monkeypatch):
         data.find_busi(root)
 
 
-def test_missing_files_are_named(phantom_copy):
-    folder = phantom_copy / data.DATASET_FOLDER / "benign"
+def test_missing_files_are_named(synthetic_copy):
+    folder = synthetic_copy / data.DATASET_FOLDER / "benign"
     (folder / "benign (2)_mask.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks mask files of 1 images, benign \(2\)"):
-        data.load_index(phantom_copy)
+        data.load_index(synthetic_copy)
     (folder / "benign (3).png").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 of 24 images, benign \(3\)"):
-        data.load_index(phantom_copy)
+        data.load_index(synthetic_copy)
 
 
-def test_foreign_images_are_named(phantom_copy):
-    folder = phantom_copy / data.DATASET_FOLDER / "benign"
+def test_foreign_images_are_named(synthetic_copy):
+    folder = synthetic_copy / data.DATASET_FOLDER / "benign"
     (folder / "benign (2).png").rename(folder / "holiday.png")
     with pytest.raises(ValueError, match="1 files that BUSI does not have, holiday"):
-        data.load_index(phantom_copy)
+        data.load_index(synthetic_copy)
 
 
 @pytest.mark.parametrize(
@@ -307,11 +307,11 @@ def test_foreign_images_are_named(phantom_copy):
         ("benign (1)_mask_predicted.png", r"does not have, benign \(1\)_mask_predicted"),
     ],
 )
-def test_a_stray_mask_never_joins_the_truth(name, message, phantom_copy):
-    folder = phantom_copy / data.DATASET_FOLDER / "benign"
+def test_a_stray_mask_never_joins_the_truth(name, message, synthetic_copy):
+    folder = synthetic_copy / data.DATASET_FOLDER / "benign"
     shutil.copy(folder / "benign (1)_mask.png", folder / name)
     with pytest.raises(ValueError, match=message):
-        data.load_index(phantom_copy)
+        data.load_index(synthetic_copy)
 
 
 # Images and masks in every stored form
@@ -383,6 +383,27 @@ def test_read_mask_joins_files(tmp_path):
         21,
     ]
     assert not data.read_mask([], (30, 40, 3)).any()
+
+
+def test_a_truth_is_decoded_once_unless_its_file_changes(synthetic_copy, monkeypatch):
+    row = data.lesions(data.load_index(synthetic_copy)).iloc[0]
+    first = data.read_truth(row)
+    decoded = []
+    monkeypatch.setattr(
+        data, "read_mask", lambda *arguments: decoded.append(1) or images.read_mask(*arguments)
+    )
+    again = data.read_truth(row)
+    assert decoded == []
+    assert again.dtype == np.bool_
+    assert np.array_equal(again, first)
+    again[:] = False  # a caller's copy
+    assert data.read_truth(row).any()
+    Image.fromarray(~first).save(row.mask_paths[0])
+    assert np.array_equal(data.read_truth(row), images.drop_specks(~first))
+    assert decoded == [1]
+    row.mask_paths[0].unlink()
+    with pytest.raises(FileNotFoundError, match="no image file"):
+        data.read_truth(row)
 
 
 def test_specks_are_no_truth(tmp_path):

@@ -281,11 +281,11 @@ def test_empty_masks_are_left_out_counted_and_named(tiny, index, val, tmp_path, 
     pd.testing.assert_frame_equal(numbers(history), numbers(lesions))
 
 
-def test_masks_of_0_and_1_train_like_those_of_0_and_255(tiny, train, val, tmp_path, phantom_copy):
+def test_masks_of_0_and_1_train_like_those_of_0_and_255(tiny, train, val, tmp_path, synthetic_copy):
     first = tiny.fit(train, val, tmp_path / "a", **FAST)
-    for path in phantom_copy.rglob("*_mask*.png"):
+    for path in synthetic_copy.rglob("*_mask*.png"):
         Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8)).save(path)
-    index = data.load_index(phantom_copy).set_index("image_id")
+    index = data.load_index(synthetic_copy).set_index("image_id")
     dim = train.assign(mask_paths=list(index.mask_paths[train.image_id]))
     second = sam.load("tiny", device="cpu").fit(dim, val, tmp_path / "b", **FAST)
     pd.testing.assert_frame_equal(numbers(first), numbers(second))

@@ -286,6 +286,21 @@ def test_paired_needs_the_same_images():
         metrics.paired(paired_scores(0.5, 0.6), paired_scores(0.5))
 
 
+def test_configs_are_compared_on_the_same_images():
+    rows = [
+        {"config": config, "seed": seed, "image_id": k, "group": k, "score": 0.1 * k + gain}
+        for config, gain in (("default", 0.0), ("winner", 0.2))
+        for seed in (0, 1)
+        for k in range(5)
+    ]
+    default, winner = metrics.compare(pd.DataFrame(rows), "default").to_dict("records")
+    assert default["mean"] == pytest.approx(0.2)
+    assert default["seed 1"] == pytest.approx(0.2)
+    assert winner["gain"] == pytest.approx(0.2)
+    assert winner["gain_low"] == pytest.approx(0.2)  # paired: the images' spread cancels
+    assert winner["low"] < winner["mean"] < winner["high"]
+
+
 @pytest.fixture
 def classes(index):
     """Rows of a split with probabilities that are right two times out of three."""
@@ -344,36 +359,13 @@ def test_the_majority_never_looks(classes):
     assert (found == found[0]).all()
 
 
-def test_temperature_calibrates():
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 3, 600)
-    said = np.where(generator.random(600) < 0.7, labels, (labels + 1) % 3)  # right 7 times of 10
-    sure = np.eye(3)[said] * 0.97 + 0.01
-    names = np.array(data.LABELS)[labels]
-    temperature = metrics.temperature(sure, names)
-    assert temperature > 1.5
-    softened = metrics.soften(sure, temperature)
-    np.testing.assert_allclose(softened.sum(axis=1), 1)
-    assert (softened.argmax(axis=1) == said).all()
-    errors = [metrics.classification(p, names)["calibration_error"] for p in (sure, softened)]
-    assert errors[0] > 0.25
-    assert errors[1] < 0.05
-    np.testing.assert_allclose(metrics.soften(sure, 1.0), sure)
-
-
 def test_circles_fall_apart():
-    curve = metrics.circle_curve((0, 10, 30, 70))
+    y, x = np.ogrid[:128, :160]
+    circles = [(x - 80 - shift) ** 2 + (y - 64) ** 2 <= 30**2 for shift in (0, 10, 30, 70)]
+    curve = pd.DataFrame([metrics.segmentation(circle, circles[0]) for circle in circles])
     assert curve.dice.tolist() == sorted(curve.dice, reverse=True)
     assert (curve.dice.iloc[0], curve.iou.iloc[0], curve.hd95.iloc[0]) == (1, 1, 0)
     assert (curve.dice.iloc[-1], curve.nsd.iloc[-1]) == (0, 0)
     assert curve.pixel_accuracy.iloc[-1] > 0.7  # no pixel in common, and still
     np.testing.assert_allclose(curve.iou, curve.dice / (2 - curve.dice), atol=1e-6)
     assert curve.hd95.tolist() == sorted(curve.hd95)
-
-
-def test_dice_loss_is_not_one_minus_dice():
-    table = metrics.dice_loss_of_confidence()
-    assert (table.dice == 1).all()
-    assert table.dice_loss.is_monotonic_decreasing
-    assert table.dice_loss.iloc[0] > 0.4
-    assert table.dice_loss.iloc[-1] < 0.01

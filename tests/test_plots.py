@@ -2,11 +2,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from helpers import data, metrics, outline, pipeline, plots, prompts, results
-from helpers.pipeline import evaluate
+from helpers import data, images, metrics, plots, prompts, results
 
-OF_NO_IMAGE = {"circles", "circle_curves", "move_circle", "loss_and_score", "report", "scaling"}
+OF_NO_IMAGE = {"circles", "curves", "overlay"}
+PARTS = {"finish", "grid", "legend"}
 
 
 @pytest.fixture(scope="module")
@@ -29,73 +30,17 @@ def scores(rows, masks):
     return metrics.score(rows, masks)
 
 
-@pytest.fixture(scope="module")
-def found(masks):
-    """What a pipeline might have found: the masks."""
-    shares = {"normal": 0.1, "benign": 0.7, "malignant": 0.2}
-    return {
-        name: pipeline.Finding(
-            [mask],
-            np.array([prompts.mask_to_box(mask)]),
-            shares,
-            ("benign", "malignant"),
-            [0.91],
-            mask.astype(np.float32),
-            mask.astype(np.float32) / 2,
-            ("a warning",),
-        )
-        for name, mask in masks.items()
-    }
-
-
 @pytest.fixture
-def trials():
-    """Trials of a search, as `helpers.scale.search.sample` returns them."""
-    rows = [
-        (0.01, "relu", [0.2, 0.5], 0.5, "finished"),
-        (0.1, "gelu", [0.3], 0.3, "stopped early"),
-        (10.0, "gelu", [], np.nan, "failed: the loss became nan"),
-    ]
-    return pd.DataFrame(
-        {
-            "setting": {"learning_rate": rate, "activation": activation},
-            "curve": curve,
-            "score": score,
-            "outcome": outcome,
-        }
-        for rate, activation, curve, score, outcome in rows
-    )
-
-
-@pytest.fixture
-def values():
-    """What each value gave, as `helpers.scale.search.by_value` returns it; one value failed throughout."""
-    return pd.DataFrame(
-        {
-            "choice": ["loss", "loss", "width", "width"],
-            "value": ["dice", "mse", 4, 8],
-            "default": [True, False, True, False],
-            "runs": [3, 0, 3, 1],
-            "mean": [0.5, np.nan, 0.5, 0.6],
-            "low": [0.4, np.nan, 0.4, np.nan],
-            "high": [0.6, np.nan, 0.6, np.nan],
-        }
-    )
-
-
-@pytest.fixture
-def figures(trials, values, index, rows, boxes, masks, scores, found, tmp_path):
+def figures(index, rows, boxes, masks, scores, tmp_path):
     """Every figure that the module draws, by name."""
     measured = data.measure(index)
     ellipse = lambda boxes: prompts.fill_ellipses(rows, boxes)  # noqa: E731
     epochs = {"epoch": [0, 1], "best": [False, True], "source": "synthetic"}
     curves = ("train_dice", "val_dice", "train_dice_loss", "val_dice_loss")
     history = pd.DataFrame(epochs | dict.fromkeys(curves, [0.1, 0.2]))
-    results.save(scores, rows, model="m", prompt="jittered box", seconds=0, path=tmp_path)
+    results.save(scores, rows, key="m", title="m", prompt="jittered box", path=tmp_path)
     image = data.read_image(rows.image_path[0])
     classes = np.full((len(rows), 3), 1 / 3)
-    failed = evaluate.failures(rows, found, scores, below=1.1)
-    levels = pd.concat([scores.assign(kind="blur", level=level) for level in (0, 4)])
     return {
         "label_counts": plots.label_counts(index),
         "image_sizes": plots.image_sizes(measured),
@@ -113,32 +58,18 @@ def figures(trials, values, index, rows, boxes, masks, scores, found, tmp_path):
         "jitter_curve": plots.jitter_curve(
             metrics.jitter_curve(rows, boxes, ellipse, "ellipse", pixels=(0, 10))
         ),
-        "before_and_after": plots.before_and_after(
-            rows, (masks, masks), (scores, scores), boxes, "Before and after"
-        ),
         "training_curves": plots.training_curves(history),
         "pictures": plots.pictures([image, image[..., 0]], ["a", "b"], "Some", rows),
         "batch": plots.batch(np.ones((2, 8, 8, 1)), np.eye(8)[None, ..., None], "A batch", rows),
         "feature_maps": plots.feature_maps(
             {"down_1": np.arange(192.0).reshape(8, 8, 3)}, rows.iloc[0]
         ),
-        "heat": plots.heat([image], [image[..., 0] / 255], ["a"], "Heat", rows),
-        "solidity": plots.solidity(outline.solidities(rows, masks)),
+        "solidity": plots.solidity(rows.assign(solidity=0.9)),
         "confusion": plots.confusion({"model": classes}, rows),
         "roc_curves": plots.roc_curves({"model": classes}, rows),
         "calibration": plots.calibration({"model": classes}, rows, bins=2),
         "paired_differences": plots.paired_differences(scores, scores.assign(dice=0.5)),
         "comparison": plots.comparison(results.load_all(tmp_path)),
-        "failures": plots.failures(failed, found, "Failures"),
-        "confidence_curve": plots.confidence_curve(evaluate.confidence(scores, found), rows),
-        "uncertainty": plots.uncertainty(rows.iloc[0], found[rows.image_id[0]]),
-        "degradations": plots.degradations(image, masks[rows.image_id[0]], rows.iloc[0]),
-        "degradation_curves": plots.degradation_curves(levels, rows),
-        "value_strips": plots.value_strips(values, rows, "Dice", "One at a time"),
-        "trial_curves": plots.trial_curves(trials, rows, "Dice", "Curves"),
-        "parallel_coordinates": plots.parallel_coordinates(trials, rows, "Dice", "Settings"),
-        "importance": plots.importance({"learning_rate": 0.9, "loss": 0.1}, rows, "Importance"),
-        "means_by": plots.means_by(evaluate.by(scores, "label"), "label", rows, "By label"),
     }
 
 
@@ -146,11 +77,11 @@ def test_every_figure_is_drawn_says_synthetic_and_is_closed(figures):
     public = {
         name
         for name, value in vars(plots).items()
-        if callable(value) and value.__module__ == plots.__name__ and not name.startswith("_")
+        if getattr(value, "__module__", "") == plots.__name__ and not name.startswith("_")
     }
-    assert public == set(figures) | OF_NO_IMAGE
+    assert public == set(figures) | OF_NO_IMAGE | PARTS
     for name, figure in figures.items():
-        assert "(synthetic phantom)" in figure.get_suptitle(), name
+        assert "(synthetic images)" in figure.get_suptitle(), name
         figure.canvas.draw()
     assert plt.get_fignums() == []  # the notebook would show an open figure twice
 
@@ -168,6 +99,58 @@ def test_outlines_show_truth_prediction_and_box(rows, masks, boxes, scores):
     assert f"Dice {scores.dice[0]:.2f}" in first.get_title()
 
 
+def test_outlines_before_and_after_fine_tuning(rows, masks, boxes, scores):
+    pair = (masks, masks), (scores.assign(dice=0.25), scores.assign(dice=0.5))
+    figure = plots.outlines(rows, pair[0], "Both", boxes, pair[1])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["truth", "released", "fine-tuned", "box"]
+    assert len(figure.axes[0].collections) == 3
+    assert figure.axes[0].get_title() == f"{rows.image_id[0]}, Dice 0.25 to 0.50"
+
+
+def test_overlay_draws_plain_arrays_and_explains_them():
+    truth = np.zeros((60, 80), dtype=bool)
+    truth[10:30, 10:30] = True
+    box = prompts.mask_to_box(truth)
+    figure = plots.overlay(np.zeros((60, 80, 3), np.uint8), truth, truth, np.stack([box, box]))
+    assert len(figure.axes[0].collections) == len(figure.axes[0].patches) == 2
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["truth", "prediction", "box"]
+    assert plots.overlay(truth * 1.0).legends == []
+    assert plt.get_fignums() == []
+
+
+def speck_row(tmp_path):
+    """A row of an index whose mask is a lesion and a speck of 16 pixels, which no score counts."""
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:30, 10:30] = 255
+    mask[50:54, 60:64] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(mask).save(tmp_path / "image.png")
+    paths = {"image_path": [tmp_path / "image.png"], "mask_paths": [(tmp_path / "mask.png",)]}
+    about = {"image_id": "a", "label": "benign", "group": "a", "same_frame": "a", "source": "s"}
+    return pd.DataFrame(paths).assign(**about)
+
+
+def test_figures_draw_the_truth_that_is_scored(tmp_path):
+    rows = speck_row(tmp_path)
+    row, [path] = rows.iloc[0], rows.mask_paths[0]
+    speckled = images.read_mask([path], (60, 80))
+    assert metrics.score(rows, {"a": data.read_truth(row)}).dice.item() == 1
+    nothing = {"a": np.zeros((60, 80), dtype=bool)}
+    box = np.array([10, 10, 29, 29])
+    for figure, place in (
+        (plots.gallery(rows, "g"), 0),
+        (plots.groups_side_by_side(rows, "g"), 0),
+        (plots.outlines(rows, nothing, "o"), 0),
+        (plots.from_image_to_mask(row, box, np.zeros((60, 80))), 2),
+        (plots.overlay(speckled * 1.0, speckled), 0),
+    ):
+        [contour] = figure.axes[place].collections
+        corners = np.concatenate([path.vertices for path in contour.get_paths()])
+        assert corners[:, 0].max() < 31  # the speck lies right of it
+
+
 def test_nothing_to_show_is_said(index):
     with pytest.raises(ValueError, match="no images to show for 'Conflicts'"):
         plots.groups_side_by_side(index.iloc[:0], "Conflicts")
@@ -175,12 +158,12 @@ def test_nothing_to_show_is_said(index):
 
 def test_comparison_orders_panels_by_prompt_and_never_mixes_them(rows, scores, tmp_path):
     for prompt in ("ground-truth box", "none"):
-        results.save(scores, rows, model="m", prompt=prompt, seconds=0, path=tmp_path)
+        results.save(scores, rows, key="m", title="m", prompt=prompt, path=tmp_path)
     figure = plots.comparison(results.load_all(tmp_path))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [
-        "outlines, prompt: none",
-        "outlines, prompt: ground-truth box (comes from the truth)",
+        "segmentation, prompt: none",
+        "segmentation, prompt: ground-truth box (from the truth)",
     ]
 
 
@@ -197,64 +180,32 @@ def test_real_images_carry_no_such_title(index):
 
 
 def test_figures_of_no_image():
-    truth, moved = metrics.circle(), metrics.circle(shift=9)
+    truth, moved = np.zeros((60, 80), dtype=bool), np.zeros((60, 80), dtype=bool)
+    truth[20:40, 20:40], moved[20:40, 29:49] = True, True
     scores = metrics.segmentation(moved, truth)
     figure = plots.circles(truth, moved, scores)
     texts = [text.get_text() for text in figure.axes[1].texts]
     assert texts[:2] == ["Dice", f"{scores['dice']:.3f}"]
     assert len(texts) == 2 * len(scores)
-    assert len(plots.circle_curves(metrics.circle_curve((0, 9))).axes[0].lines) == 4
-    run = {"model": "pipeline", "images": 1000, "ms_per_image": 500, "peak_mb": {"all": 900}}
-    assert plots.scaling([run]).axes[0].lines[0].get_ydata().tolist() == [500]
-    assert len(plots.loss_and_score(metrics.dice_loss_of_confidence()).axes[0].lines) == 2
+    table = pd.DataFrame({"shift": [0, 1], "dice": [1.0, 0.5], "hd95": [0.0, 1.0]})
+    left, right = plots.curves(table, "shift", [{"dice": "Dice"}, {"hd95": "HD95"}], "Curves").axes
+    assert left.lines[0].get_ydata().tolist() == [1.0, 0.5]
+    assert right.get_legend().get_texts()[0].get_text() == "HD95"
     assert plt.get_fignums() == []
-
-
-def test_a_circle_is_moved_by_sliders(monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
-    assert plots.move_circle(enabled=False) is None
-    widget = plots.move_circle()
-    assert [slider.description for slider in widget.children[:2]] == ["shift", "radius"]
-    widget.f(shift=40, radius=10)  # what is returned would not be shown
-    assert shown[-1].axes[1].texts
 
 
 def test_a_class_without_images_has_no_roc(rows):
     figure = plots.roc_curves({"model": np.full((len(rows), 3), 1 / 3)}, rows)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert [label.partition(",")[0] for label in labels] == ["benign", "malignant"]
+    assert [label.partition(" (")[0] for label in labels] == ["benign", "malignant"]
 
 
-def test_a_report_names_answer_lesions_and_warnings(rows, found):
-    name = rows.image_id[0]
-    figure = plots.report(data.read_image(rows.image_path[0]), found[name])
-    assert "uncertain: ask a radiologist" in figure.get_suptitle()
-    cell, bars = figure.axes
-    assert cell.get_title() == "one lesion, expected Dice 0.91\na warning"
-    assert bars.get_title() == "possible: benign or malignant"
+def test_colours_of_roc_curves_are_those_of_the_labels(rows):
+    lines = plots.roc_curves({"model": np.full((len(rows), 3), 1 / 3)}, rows).axes[0].lines
+    assert [line.get_color() for line in lines[:2]] == list(plots.LABEL_COLOURS.values())[1:]
 
 
-def test_no_failure_draws_no_figure(rows, found, scores):
-    assert plots.failures(evaluate.failures(rows, found, scores, below=0), found, "None") is None
-
-
-def test_a_value_that_failed_and_the_default_are_marked(values, rows):
-    loss, width = plots.value_strips(values, rows, "Dice", "One at a time").axes[:2]
-    assert [text.get_text() for text in loss.get_yticklabels()] == ["dice", "mse (failed)"]
-    colours = [container.lines[0].get_color() for container in width.containers]
-    assert colours == [plots.BOX, plots.PREDICTION]
-
-
-def test_the_best_trial_stands_out_and_outcomes_are_named(trials, rows):
-    [axes] = plots.trial_curves(trials, rows, "Dice", "Curves").axes
-    names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names == ["best", "run to the end", "stopped early by ASHA", "failed"]
-    [best] = [line for line in axes.lines if line.get_label() == "best"]
-    assert best.get_ydata().tolist() == [0.2, 0.5]
-
-
-def test_parallel_lines_lead_to_the_score(trials, rows):
-    [axes] = plots.parallel_coordinates(trials, rows, "Dice", "Settings").axes
-    lines = [line.get_ydata() for line in axes.lines if len(line.get_ydata()) == 3]
-    np.testing.assert_allclose(sorted(line.tolist() for line in lines), [[0, 1, 1], [1, 0, 0]])
+def test_heat_maps_lie_over_their_pictures(rows):
+    image = data.read_image(rows.image_path[0])
+    figure = plots.pictures([image], ["a"], "Heat", rows, maps=[image[..., 0] / 255])
+    assert len(figure.axes[0].images) == 2

@@ -9,15 +9,15 @@ from helpers import data, metrics, results
 
 
 def save(run, path, **changes):
-    settings = {"model": "ellipse in the box", "prompt": "ground-truth box", "seconds": 1.25}
+    settings = {"key": "box-ellipse", "title": "ellipse in the box", "prompt": "ground-truth box"}
     return results.save(*run, path=path, **(settings | changes))
 
 
 def test_a_row_says_where_it_comes_from(run, tmp_path):
     scores, rows = run
     details = {"training": {"epochs": 20}}
-    file = save(run, tmp_path, seed=3, fold=2, settings={"jitter": 20}, details=details)
-    name = "synthetic-ellipse-in-the-box-ground-truth-box-jitter-20-fold-2-seed-3-n6.json"
+    file = save(run, tmp_path, seed=3, fold=2, details=details)
+    name = "synthetic-box-ellipse-ground-truth-box-grouped-fold-2-seed-3-n6.json"
     assert file.name == name
     result = json.loads(file.read_text())
     assert result["data"] == {
@@ -29,7 +29,8 @@ def test_a_row_says_where_it_comes_from(run, tmp_path):
         "signature": data.signature(rows),
     }
     assert result["seed"] == 3
-    assert result["settings"] == {"jitter": 20}
+    assert (result["key"], result["title"]) == ("box-ellipse", "ellipse in the box")
+    assert result["profile"] == "full"
     assert result["details"] == details  # told, but no part of the name
     assert result["device"].startswith("CPU")
     assert {"python", "torch", "monai"} <= set(result["versions"])
@@ -63,13 +64,17 @@ def test_unwritable_folder(run, tmp_path):
         save(run, tmp_path / "file")
 
 
-def test_unknown_prompt(run, tmp_path):
+def test_unknown_prompt_and_odd_key(run, tmp_path):
     with pytest.raises(ValueError, match="prompt 'box' is none of"):
         save(run, tmp_path, prompt="box")
+    with pytest.raises(ValueError, match="key 'U-Net, wide' must be lower-case words joined by"):
+        save(run, tmp_path, key="U-Net, wide")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ['{"format": 1, "mod', "{}", '{"format": 0}', "[]"])
+@pytest.mark.parametrize(
+    "text", ['{"format": 1, "mod', "{}", '{"format": 0}', '{"format": 3}', "[]"]
+)
 def test_broken_files_are_named(text, run, tmp_path):
     save(run, tmp_path).write_text(text)
     with pytest.raises(ValueError, match="is no whole result file.*run its notebook again"):
@@ -95,10 +100,10 @@ def test_folder(tmp_path):
     assert (results.folder().parent / "pyproject.toml").is_file()
 
 
-def test_banner_of_a_phantom(index, capsys):
+def test_banner_of_synthetic_images(index, capsys):
     results.banner(index, seed=0)
     printed = capsys.readouterr().out
-    assert printed.startswith("SYNTHETIC phantom")
+    assert printed.startswith("SYNTHETIC images")
     assert "24 images (" in printed
     assert "seed 0" in printed
 
@@ -113,6 +118,9 @@ def test_what_a_run_leaves_beside_them_stays_out_of_the_table(run, tmp_path):
     save(few, tmp_path)  # shortened
     save(real, tmp_path, fold=1)
     save(real, tmp_path, seed=1)
+    quick = results.Recorder(real[1], path=tmp_path, profile="quick")
+    about = {"key": "box-ellipse", "title": "quick", "prompt": "jittered box"}
+    quick.segmentation(scores, **about)
     with_real = save(real, tmp_path)
     assert results.select(results.load_all(tmp_path)).file.tolist() == [with_real.name]
 
@@ -146,14 +154,14 @@ def save_classes(rows, path, **changes):
     truth = np.array([data.LABELS.index(label) for label in rows.label])
     probabilities = np.full((len(rows), 3), 0.1)
     probabilities[np.arange(len(rows)), truth] = 0.8
-    settings = {"model": "VGG-16", "prompt": "image alone", "seconds": 1.25}
-    return results.save_classes(probabilities, rows, path=path, **(settings | changes))
+    about = {"key": "vgg", "title": "VGG-16", "prompt": "image alone"} | changes
+    return results.Recorder(rows, path=path).classification(probabilities, **about)
 
 
 def test_classes_are_kept_with_their_intervals(index, tmp_path):
     rows = data.split(index)
     file = save_classes(rows, tmp_path)
-    assert file.name == f"synthetic-vgg-16-image-alone-fold-0-seed-0-n{len(rows)}.json"
+    assert file.name == f"synthetic-vgg-image-alone-grouped-fold-0-seed-0-n{len(rows)}.json"
     result = json.loads(file.read_text())
     assert result["task"] == "classification"
     assert result["per_image"]["probability"]["benign"][0] == pytest.approx(0.8)
@@ -179,16 +187,9 @@ def test_an_unknown_input_is_refused(index, tmp_path):
 def test_results_of_other_images_are_refused_with_the_reason(run, index, tmp_path):
     scores, rows = run
     save(run, tmp_path)
-    save(run, tmp_path, model="another")
+    save(run, tmp_path, key="another")
     other = data.lesions(data.split(index).groupby("label").tail(3))
-    stale = results.save(
-        scores.assign(image_id=other.image_id.to_numpy()),
-        other,
-        model="stale",
-        prompt="ground-truth box",
-        seconds=0,
-        path=tmp_path,
-    )
+    stale = save((scores.assign(image_id=other.image_id.to_numpy()), other), tmp_path, key="stale")
     message = f"{stale.name} scored other images .* another copy of the data, or another split"
     with pytest.raises(ValueError, match=message):
         results.select(results.load_all(tmp_path), source="synthetic")
@@ -196,13 +197,13 @@ def test_results_of_other_images_are_refused_with_the_reason(run, index, tmp_pat
 
 def test_committed_files_stand_in_for_missing_ones(run, tmp_path, monkeypatch):
     own, committed = tmp_path / "own", tmp_path / "committed"
-    save(run, committed, model="a", seconds=1)
-    save(run, committed, model="b", seconds=2)
-    save(run, own, model="a", seconds=3)
+    save(run, committed, key="a", seconds=1)
+    save(run, committed, key="b", seconds=2)
+    save(run, own, key="a", seconds=3)
     monkeypatch.setattr(results, "committed_folder", lambda: committed)
     frame = results.load_all(own, committed=True)
-    assert dict(zip(frame.model, frame.seconds)) == {"a": 3, "b": 2}
-    assert results.load_all(own).model.tolist() == ["a"]
+    assert dict(zip(frame.key, frame.seconds)) == {"a": 3, "b": 2}
+    assert results.load_all(own).key.tolist() == ["a"]
 
 
 def test_training_is_summed_up():

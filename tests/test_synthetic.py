@@ -1,4 +1,4 @@
-"""The phantom: BUSI's layout and flaws, told truthfully; the physics of what it shows."""
+"""Synthetic images: BUSI's layout and flaws, told truthfully; the physics of what it shows."""
 
 import json
 
@@ -25,7 +25,7 @@ COLUMNS = [
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return synthetic.make_busi(tmp_path_factory.mktemp("data") / "phantom", N)
+    return synthetic.make_busi(tmp_path_factory.mktemp("data") / "synthetic", N)
 
 
 @pytest.fixture(scope="module")
@@ -333,13 +333,15 @@ def test_another_set_is_an_error(root, change):
         synthetic.make_busi(root, **({"images_per_class": N, "seed": 0} | change))
 
 
-def test_phantoms_to_learn_from_are_split_and_are_no_stand_ins(phantom, tmp_path):
-    train, val = synthetic.to_learn_from(8, tmp_path)
+def test_a_pretraining_set_is_split_and_no_stand_in(synthetic_root, tmp_path):
+    train, val = synthetic.pretraining_set(8, tmp_path)
     data.check_apart(train, val)
     data.check_classes(train)
-    again, _ = synthetic.to_learn_from(8, tmp_path)
+    again, _ = synthetic.pretraining_set(8, tmp_path)
     assert again.equals(train)
-    stand_in = data.load_index(phantom)
+    stand_in = data.load_index(synthetic_root)
     assert data.signature(train.head(2)) != data.signature(stand_in.loc[train.index[:2]])
-    with pytest.raises(ValueError, match=r"phantoms is 3; it must be 0 \(none\), or 8 or more"):
-        synthetic.to_learn_from(3, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"pretrain_images is 3; it must be 0 \(none\), or 8 or more"
+    ):
+        synthetic.pretraining_set(3, tmp_path)

@@ -6,7 +6,7 @@ from helpers import data, metrics, prompts, results, tables
 
 
 def save(run, path, **changes):
-    settings = {"model": "ellipse in the box", "prompt": "ground-truth box", "seconds": 1.25}
+    settings = {"key": "box-ellipse", "title": "ellipse in the box", "prompt": "ground-truth box"}
     return results.save(*run, path=path, **(settings | changes))
 
 
@@ -15,7 +15,7 @@ def test_committed_results_are_of_one_test_fold():
     assert (frame.groupby("images").signature.nunique() == 1).all()
     assert frame.signature.nunique() == 2  # with the normal images, and without
     assert {"none", "ground-truth box", "jittered box"} <= set(frame.prompt)
-    assert set(frame[frame.model == results.ELLIPSE].prompt) == set(results.PROMPTS[2:])
+    assert set(frame[frame.key == "box-ellipse"].prompt) == set(results.PROMPTS[2:])
 
 
 def test_readme_shows_the_committed_results():
@@ -28,11 +28,11 @@ def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path)
     scores, rows = run
     save(run, tmp_path)
     better = scores.assign(dice=scores.dice + 0.05), rows
-    save(better, tmp_path, model="a model", baseline=scores)
-    save(better, tmp_path, model="a model", prompt="none")
+    save(better, tmp_path, key="other", title="a model", baseline=scores)
+    save(better, tmp_path, key="other", title="a model", prompt="none")
     table = tables.table(results.load_all(tmp_path))
     assert table.Prompt.tolist() == ["none", "ground-truth box", "ground-truth box"]
-    assert table.Model.tolist() == ["a model", "a model", results.ELLIPSE]
+    assert table.Model.tolist() == ["a model", "a model", "ellipse in the box"]
     assert table["Gain over the ellipse"].tolist() == ["", "+0.050 [+0.050, +0.050]", ""]
     lines = tables.markdown(table).splitlines()
     assert len(lines) == 5
@@ -45,10 +45,10 @@ def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch
     save((scores, rows), tmp_path / "results")
     readme = tmp_path / "README.md"
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
-    names = ("results", "classes", "published", "leakage", "folds", "tricks", "tuned")
+    names = ("results", "classes", "published", "leakage", "folds", "ablation", "tuned")
     readme.write_text("before\n" + "between\n".join(map(block.format, names)) + "after\n")
     (tmp_path / "results/ablation.csv").write_text(
-        "trick,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
+        "variant,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
         "nothing,,0.9,0.8,0.7,0.6\nmagic,12,0.91,0.81,0.71,0.61\n"
     )
     for module in (results, tables):
@@ -73,10 +73,13 @@ def filled(index, tmp_path_factory):
         scores = metrics.score(rows, prompts.empty_masks(rows))
         scores.loc[scores.label != "normal", "dice"] = 0.7 if grouped else 0.75
         scores.loc[scores.label == "normal", "dice"] = [1.0, 1.0, 1.0, 0.0] * 2
-        run = {"seconds": 1, "path": path, "details": {"training": kept}}
-        results.save(scores, rows, model="U-Net, reference recipe", prompt="none", **run)
+        record, details = results.Recorder(rows, path=path), {"training": kept}
+        title = f"U-Net, {'grouped' if grouped else 'random'}"  # a title may say what it likes
+        unet = {"key": "unet-reference", "title": title, "prompt": "none"}
+        record.segmentation(scores, **unet, details=details)
         truth = np.eye(3)[[data.LABELS.index(label) for label in rows.label]]
-        results.save_classes(truth, rows, model="VGG-16", prompt="image alone", **run)
+        vgg = {"key": "vgg", "title": "VGG-16", "prompt": "image alone"}
+        record.classification(truth, **vgg, details=details)
     everything = results.load_all(path)
     return results.select(everything, source="synthetic"), everything
 
@@ -97,6 +100,7 @@ def test_the_random_split_stands_beside_the_grouped_one(filled):
     rows, everything = filled
     table = tables.leakage_table(everything, source="synthetic")
     assert table.Difference.tolist() == ["+0.050", "+0.000"]
+    assert table.Model.tolist() == ["U-Net, grouped", "VGG-16"]
     other_fold = everything.assign(fold=1)
     part = everything.assign(images=3)
     for foreign in (other_fold, part):
@@ -122,10 +126,11 @@ def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_pat
         scores = metrics.score(rows, prompts.empty_masks(rows))
         scores.loc[scores.label != "normal", "dice"] = 0.5 + fold / 10
         found = {"sensitivity": 0.8, "false_alarms_per_normal_image": 0.25}
-        run = {"model": "automatic pipeline", "seconds": 1, "fold": fold, "path": tmp_path}
-        results.save(scores, rows, prompt="predicted box", details={"detection": found}, **run)
+        record, about = results.Recorder(rows, fold=fold, path=tmp_path), {"key": "pipeline"}
+        about |= {"title": f"pipeline of fold {fold}"}
+        record.segmentation(scores, prompt="predicted box", details={"detection": found}, **about)
         truth = np.eye(3)[[data.LABELS.index(label) for label in rows.label]]
-        results.save_classes(truth, rows, prompt="image with predicted mask", **run)
+        record.classification(truth, prompt="image with predicted mask", **about)
         table = tables.folds_table(results.load_all(tmp_path), source="synthetic")
         assert len(table) == (fold + 1 if fold < 4 else 6)
     assert table["Test fold"].tolist() == ["0", "1", "2", "3", "4", "mean"]
@@ -140,13 +145,13 @@ def test_what_is_missing_names_its_notebook(filled):
     lacking = tables.missing(rows)
     assert len(lacking) == len(tables.EXPECTED) - 2
     assert "03_medsam.ipynb" in lacking.notebook.tolist()
-    worse = rows.assign(model="another", score=rows.score - 0.1)
+    worse = rows.assign(key="another", title="worse", score=rows.score - 0.1)
     said = tables.conclusion(pd.concat([worse, rows], ignore_index=True), everything)
-    assert "U-Net, reference recipe outlines best: Dice **0.700**" in said
+    assert "Without a box, U-Net, grouped is best: Dice **0.700**" in said
     assert "on 25% of the normal ones" in said
-    assert "VGG-16 names best: accuracy **1.000**" in said
+    assert "VGG-16 classifies best: accuracy **1.000**" in said
     assert "scores +0.050 Dice against the grouped one" in said
-    assert "Missing: released weights, ground-truth box; run 03_medsam.ipynb." in said
+    assert "Missing: medsam-released, ground-truth box; run 03_medsam.ipynb." in said
 
 
 def test_markdown_is_a_table():
@@ -154,14 +159,15 @@ def test_markdown_is_a_table():
     assert tables.markdown(frame) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
 
 
-def test_retrained_recipes_are_shown_with_each_seed_and_their_gain(run, tmp_path):
+def test_retrained_configs_are_shown_with_each_seed_and_their_gain(run, tmp_path):
     scores, rows = run
-    for recipe, gain in (("default", 0.0), ("winner", 0.1)):
+    for config, gain in (("default", 0.0), ("winner", 0.1)):
         for seed in (0, 1):
             better = scores.assign(dice=0.5 + gain + 0.02 * seed)
-            save((better, rows), tmp_path / "tuned", model=f"U-Net, {recipe}", seed=seed)
+            about = {"key": f"unet-{config}", "title": f"U-Net, {config}", "seed": seed}
+            save((better, rows), tmp_path / "tuned", **about)
     default, winner = tables.tuned_table(tmp_path).to_dict("records")
-    assert (default["Model"], default["Recipe"], default["Score"]) == ("U-Net", "default", "Dice")
+    assert (default["Model"], default["Config"], default["Score"]) == ("U-Net", "default", "Dice")
     assert default["Mean of the seeds"] == "0.510 [0.510, 0.510]"
     assert default["Gain over the default"] == ""
     assert winner["Each seed"] == "0.600, 0.620"

@@ -278,9 +278,9 @@ print("trained on", unet.keras.backend.backend())
 """
 
 
-def test_the_torch_backend_trains_too(phantom, tmp_path):
+def test_the_torch_backend_trains_too(synthetic_root, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", ON_TORCH, phantom, tmp_path], capture_output=True, text=True
+        [sys.executable, "-c", ON_TORCH, synthetic_root, tmp_path], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "trained on torch" in done.stdout
