@@ -6,14 +6,13 @@ KERAS_BACKEND=torch; the input pipeline is `tf.data` with both.
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
-import json
 import math
 import os
+import shutil
 import sys
-import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,46 +21,22 @@ import torch
 from tqdm import tqdm
 
 from helpers import cache, data, synthetic
+from helpers.params import check, limited
+from helpers.quiet import quiet_stderr
 
-
-@contextlib.contextmanager
-def _quiet():
-    """Hold back what C++ writes to stderr: TensorFlow's start-up notes heed no setting of its own."""
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(kept, held.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _import_triton():
-    """Import what torch may want later: TensorFlow brings an LLVM of its own, and the two crash.
-
-    So triton binds to its own symbols, in whichever order the two come.
-    """
-    flags = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0))
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        pass  # no triton on this system, so no clash
-    finally:
-        sys.setdlopenflags(flags)
-
-
-_import_triton()
+# TensorFlow brings an LLVM of its own, with which triton's, that torch may want later, crashes. So triton
+# comes first and binds to its own symbols, in whichever order torch and TensorFlow come.
+_flags = sys.getdlopenflags()
+sys.setdlopenflags(os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0))
+with contextlib.suppress(ImportError):  # no triton on this system, so no clash
+    import triton  # noqa: F401
+sys.setdlopenflags(_flags)
 torch.cuda.is_available()  # torch must ask the driver first: after TensorFlow it warns that it can't
-with _quiet():
+with quiet_stderr():
     import keras
     import tensorflow as tf
-    from keras import layers, ops
+    from keras import callbacks, layers, ops
+    from tqdm.keras import TqdmCallback
 
     _GPUS = tf.config.list_physical_devices("GPU")
     for _gpu in _GPUS:
@@ -70,156 +45,70 @@ with _quiet():
         else:
             tf.config.set_visible_devices([], "GPU")
 
-VERSION = 1  # raise it with every change that gives other numbers: older runs are then not resumed
-CPU_WIDTH = 16
-LEVELS = 4  # of pooling, so that an image side must be a multiple of 16
-ACTIVATIONS = ("relu", "gelu", "silu", "leaky_relu")
-SCHEDULES = ("constant", "cosine")
-OPTIMIZERS = {
-    "adamw": keras.optimizers.AdamW,
-    "rmsprop": keras.optimizers.RMSprop,
-    "sgd": functools.partial(keras.optimizers.SGD, momentum=0.9),
-}
+VERSION = 2  # raise it with every change that gives other numbers: older runs are then not resumed
 # What did best on the validation images of fold 0 on two cores; notebook 04 shows it against the reference.
-VALIDATED = {
-    "loss": "dice+ce",
-    "batch_norm": True,
-    "augment": 1.0,
-    "phantoms": 500,
-    "schedule": "cosine",
-    "average": 0.99,
-}
-LEVEL_NAMES = (
-    *(f"down_{k + 1}" for k in range(LEVELS)),
-    "bottleneck",
-    *(f"up_{k + 1}" for k in reversed(range(LEVELS))),
-)
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+VALIDATED = {"loss": "dice+ce", "batch_norm": True, "augment": 1.0, "pretrain_images": 500}
+VALIDATED |= {"schedule": "cosine", "average": 0.99}
+LEVELS = 4  # of pooling
+LEVEL_NAMES = [f"down_{k + 1}" for k in range(LEVELS)] + ["bottleneck"]
+LEVEL_NAMES += [f"up_{k + 1}" for k in reversed(range(LEVELS))]
+LAST = {"data_format": "channels_last"}  # said to each layer: keras.json may ask for the other
+OPTIMIZERS = {"adamw": keras.optimizers.AdamW, "rmsprop": keras.optimizers.RMSprop}
+OPTIMIZERS |= {"sgd": partial(keras.optimizers.SGD, momentum=0.9)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What a U-Net and its training hang on besides the data. The defaults are the reference recipe.
-
-    Attributes:
-        size: pixels; every image is stretched to size x size, and its mask back.
-        width: filters of the first level; each of the four poolings doubles them.
-        activation: "relu", "gelu", "silu" or "leaky_relu".
-        batch_norm: normalise after each convolution.
-        dropout: shares of features dropped going down and going up.
-        loss: "mse", with a one-filter ReLU head, or "dice+ce": batch Dice of the sigmoid plus binary
-            cross-entropy, with logits from the head.
-        augment: strength of mirroring, turning, scaling, shifting and gain; 1 is usual, 0 is none.
-        phantoms: synthetic images per class that it learns from first, in a run of its own
-            (`helpers.synthetic.to_learn_from`); 0 is none.
-        phantom_epochs: passes over them.
-        epochs: passes over the training images.
-        batch_size: images per step.
-        optimizer: "adamw", "rmsprop" or "sgd" (momentum 0.9).
-        learning_rate: of the optimiser, at the start.
-        weight_decay: of the optimiser; AdamW with 0 is Adam.
-        schedule: "constant", or "cosine" down to 0.
-        average: decay of an exponential moving average of the weights, which is then what is
-            validated and kept; 0 for none.
-        precision: what the layers multiply in: "float32", "bfloat16", "float16" or "auto": bfloat16
-            where it is native, else float16 on a GPU and float32 on a CPU.
-        seed: of the weights, the order and the augmentation.
-    """
-
-    size: int = 128
-    width: int = 64
-    activation: str = "relu"
-    batch_norm: bool = False
-    dropout: tuple = (0.2, 0.1)
-    loss: str = "mse"
-    augment: float = 0.0
-    phantoms: int = 0
-    phantom_epochs: int = 8
-    epochs: int = 50
-    batch_size: int = 8
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    average: float = 0.0
-    precision: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self):
-        object.__setattr__(self, "dropout", tuple(self.dropout))
-        for name, allowed in (
-            ("activation", ACTIVATIONS),
-            ("loss", tuple(LOSSES)),
-            ("optimizer", tuple(OPTIMIZERS)),
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
-        for name in ("width", "epochs", "batch_size", "phantom_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.size < 2**LEVELS or self.size % 2**LEVELS:
-            raise ValueError(
-                f"size is {self.size}; {LEVELS} poolings need a multiple of {2**LEVELS}, such as 128"
-            )
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        for name in ("augment", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name, share in (("average", self.average), *(("dropout", d) for d in self.dropout)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} is {share}; it must be 0 or more, and below 1")
-
-
-@keras.saving.register_keras_serializable("helpers")
 def dice_and_cross_entropy(truth, logits):
     """Dice loss of the whole batch plus binary cross-entropy, of logits (N, H, W, 1)."""
-    truth, logits = ops.cast(truth, "float32"), ops.cast(logits, "float32")
     overlap = keras.losses.Dice()(truth, ops.sigmoid(logits))
     return overlap + keras.losses.BinaryCrossentropy(from_logits=True)(truth, logits)
 
 
-@keras.saving.register_keras_serializable("helpers")
-class MeanDice(keras.metrics.Metric):
-    """Mean over images of the Dice of thresholded outputs; 1 where both masks are empty.
-
-    Args:
-        threshold: a larger output is lesion: 0 for logits, 0.5 for the ReLU head.
-    """
-
-    def __init__(self, threshold=0.0, name="dice", **options):
-        super().__init__(name=name, **options)
-        self.threshold = threshold
-        self.total = self.add_weight(name="total", initializer="zeros")
-        self.images = self.add_weight(name="images", initializer="zeros")
-
-    def update_state(self, truth, output, sample_weight=None):
-        lesion = ops.cast(output > self.threshold, "float32")
-        truth = ops.cast(truth, "float32")
-        axes = (1, 2, 3)
-        both = ops.sum(truth * lesion, axes)
-        size = ops.sum(truth, axes) + ops.sum(lesion, axes)
-        dice = ops.where(size > 0, 2 * both / ops.maximum(size, 1), 1.0)
-        self.total.assign_add(ops.sum(dice))
-        self.images.assign_add(ops.cast(ops.shape(dice)[0], "float32"))
-
-    def result(self):
-        return self.total / ops.maximum(self.images, 1)
-
-    def get_config(self):
-        return super().get_config() | {"threshold": self.threshold}
+def dice(truth, output, threshold=0.0):
+    """Dice (N,) of outputs (N, H, W, 1) above a threshold; 1 where both masks are empty."""
+    truth, lesion = ops.cast(truth, "float32"), ops.cast(output > threshold, "float32")
+    size = ops.sum(truth, (1, 2, 3)) + ops.sum(lesion, (1, 2, 3))
+    return ops.where(size > 0, 2 * ops.sum(truth * lesion, (1, 2, 3)) / ops.maximum(size, 1), 1.0)
 
 
 LOSSES = {"mse": "mean_squared_error", "dice+ce": dice_and_cross_entropy}
 
 
-def build(config=None):
-    """Build a U-Net with random weights.
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a U-Net and its training depend on besides the data. The defaults are the reference."""
 
-    Args:
-        config: `Config`; None is the reference network.
+    # pixels: images are stretched to size x size, and pooled four times, which doubles the filters
+    size: int = limited(128, at_least=2**LEVELS, multiple_of=2**LEVELS)
+    width: int = limited(64, at_least=1)  # filters of the first level
+    activation: str = limited("relu", options=("relu", "gelu", "silu", "leaky_relu"))
+    batch_norm: bool = False  # after each convolution
+    dropout: tuple = limited((0.2, 0.1), at_least=0, below=1)  # shares, going down and going up
+    # "mse" of a ReLU head, or batch Dice of the sigmoid plus binary cross-entropy of logits
+    loss: str = limited("mse", options=tuple(LOSSES))
+    # strength of flip, rotation, zoom, shift, contrast, brightness and gamma: 1 is usual, 0 none
+    augment: float = limited(0.0, at_least=0, below=4)
+    # synthetic images per class (`helpers.synthetic.pretraining_set`) to train on first, in a run of its own
+    pretrain_images: int = limited(0, at_least=0)
+    pretrain_epochs: int = limited(8, at_least=1)
+    epochs: int = limited(50, at_least=1)  # passes over the training images
+    batch_size: int = limited(8, at_least=1)  # images per step
+    optimizer: str = limited("adamw", options=tuple(OPTIMIZERS))
+    learning_rate: float = limited(1e-3, above=0)  # at the start
+    weight_decay: float = limited(0.0, at_least=0)  # AdamW with 0 is Adam
+    schedule: str = limited("constant", options=("constant", "cosine"))  # "cosine" goes down to 0
+    # decay of an exponential moving average of the weights, which is then validated and kept; 0 for none
+    average: float = limited(0.0, at_least=0, below=1)
+    # what layers multiply in; "auto": bfloat16 where it is native, else float16 on a GPU, float32 on a CPU
+    precision: str = limited("float32", options=("float32", "bfloat16", "float16", "auto"))
+    seed: int = 0  # of the weights, the dropout, the order and the augmentation
+
+    def __post_init__(self):
+        object.__setattr__(self, "dropout", tuple(self.dropout))
+        check(self)
+
+
+def build(config: Config | None = None) -> keras.Model:
+    """Build a U-Net with random weights; without a config the reference network.
 
     Returns:
         keras.Model named "unet", from float (N, size, size, 1) in 0..1 to (N, size, size, 1): logits,
@@ -228,30 +117,19 @@ def build(config=None):
     """
     config = config or Config()
     keras.utils.set_random_seed(config.seed)
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(_policy(config.precision))
-    try:
-        return _network(config)
-    finally:
-        keras.config.set_dtype_policy(before)
+    plain = {"dtype": _policy(config.precision)}
+    spatial = plain | LAST
 
-
-def _network(config):
     def convolve(x, filters, name=None):
-        x = layers.Conv2D(
-            filters,
-            3,
-            padding="same",
-            use_bias=not config.batch_norm,
-            kernel_initializer="he_normal",
-        )(x)
+        options = {"use_bias": not config.batch_norm, "kernel_initializer": "he_normal"}
+        x = layers.Conv2D(filters, 3, padding="same", **options, **spatial)(x)
         if config.batch_norm:
-            x = layers.BatchNormalization()(x)
-        return layers.Activation(config.activation, name=name)(x)
+            x = layers.BatchNormalization(**plain)(x)
+        return layers.Activation(config.activation, name=name, **plain)(x)
 
     def level(x, filters, dropout, name):
         x = convolve(x, filters)
-        x = layers.Dropout(dropout)(x)
+        x = layers.Dropout(dropout, seed=config.seed + LEVEL_NAMES.index(name), **plain)(x)
         return convolve(x, filters, name)
 
     down, up = config.dropout
@@ -260,57 +138,61 @@ def _network(config):
     for k in range(LEVELS):
         x = level(x, config.width * 2**k, down, f"down_{k + 1}")
         skips.append(x)
-        x = layers.MaxPooling2D()(x)
+        x = layers.MaxPooling2D(**spatial)(x)
     x = level(x, config.width * 2**LEVELS, down, "bottleneck")
     for k in reversed(range(LEVELS)):
-        x = layers.Conv2DTranspose(config.width * 2**k, 2, strides=2)(x)
-        x = layers.Concatenate()([x, skips[k]])
+        x = layers.Conv2DTranspose(config.width * 2**k, 2, strides=2, **spatial)(x)
+        x = layers.Concatenate(**plain)([x, skips[k]])
         x = level(x, config.width * 2**k, up, f"up_{k + 1}")
     activation = "relu" if config.loss == "mse" else "linear"
-    x = layers.Conv2D(1, 1, activation=activation, dtype="float32", name="head")(x)
-    return keras.Model(image, x, name="unet")
+    head = layers.Conv2D(1, 1, activation=activation, dtype="float32", name="head", **LAST)
+    return keras.Model(image, head(x), name="unet")
 
 
-def device():
+def compile_network(network: keras.Model, config: Config, steps: int) -> None:
+    """Give a network its optimiser, loss and metrics, for training over `steps` steps."""
+    rate = config.learning_rate
+    if config.schedule == "cosine":
+        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+    average = {"use_ema": config.average > 0, "ema_momentum": config.average or 0.99}
+    optimizer = OPTIMIZERS[config.optimizer](rate, weight_decay=config.weight_decay, **average)
+    threshold = 0.5 if config.loss == "mse" else 0.0
+    measures = [keras.metrics.MeanMetricWrapper(dice, "dice", threshold=threshold)]
+    if config.loss == "mse":
+        measures.append(keras.metrics.MeanIoU(2, name="mean_iou"))
+    network.compile(optimizer, LOSSES[config.loss], metrics=measures)
+    network.optimizer.build(network.trainable_variables)  # now, or a step's graph is traced twice
+
+
+def device() -> str:
     """Return where networks run: "cuda" or "cpu"."""
     return "cuda" if _GPUS else "cpu"
 
 
-def default_width():
+def default_width() -> int:
     """Return the reference's 64 filters where there is a GPU, else what two cores train in minutes."""
-    return 64 if _GPUS else CPU_WIDTH
+    return 64 if _GPUS else 16
 
 
 def _policy(precision):
     if precision == "auto":
         from helpers.sam import multiplies_bfloat16
 
-        without = "float16" if _GPUS else "float32"
-        precision = "bfloat16" if multiplies_bfloat16(torch.device(device())) else without
+        native = multiplies_bfloat16(torch.device(device()))
+        precision = "bfloat16" if native else "float16" if _GPUS else "float32"
     return precision if precision == "float32" else f"mixed_{precision}"
 
 
-def pixels(rows, size):
-    """Read images and masks, stretched to a square.
-
-    Args:
-        rows: rows of an index.
-        size: pixels.
+def pixels(rows: pd.DataFrame, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read the images and masks of index rows, stretched to size x size pixels.
 
     Returns:
         (uint8 (N, size, size, 1) grey images, uint8 (N, size, size, 1) masks of 0 and 1).
     """
     images = np.stack([_stretch(data.read_image(path), size) for path in rows.image_path])
-    masks = np.stack(
-        [
-            cv2.resize(
-                data.read_truth(row).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA
-            )
-            >= 0.5
-            for row in rows.itertuples()
-        ]
-    )
-    return images[..., None], masks[..., None].astype(np.uint8)
+    truths = (data.read_truth(row).astype(np.float32) for row in rows.itertuples())
+    masks = [cv2.resize(truth, (size, size), interpolation=cv2.INTER_AREA) for truth in truths]
+    return images[..., None], (np.stack(masks) >= 0.5).astype(np.uint8)[..., None]
 
 
 def _stretch(image, size):
@@ -318,68 +200,73 @@ def _stretch(image, size):
     return cv2.resize(grey, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def batches(rows, config, done=0):
-    """Make the endless training stream: shuffled, augmented, the same for the same arguments.
+class _StepSeed(keras.random.SeedGenerator):
+    """Seeds that depend on the run's seed and the step alone, where a layer's own count its calls."""
+
+    def __init__(self, seed, step):  # without the variable that holds a count
+        self.seed, self.step, self.drawn = tf.constant(seed, tf.int64), 16 * step, 0
+
+    def next(self, ordered=True):
+        self.drawn += 1
+        return tf.stack([self.seed, self.step + self.drawn])
+
+
+def _augmentation(strength):
+    """Return Keras' layers that change each image of a batch its own way, and its mask alike."""
+    common = LAST | {"dtype": "float32"}
+    move, grey = common | {"fill_mode": "constant"}, common | {"value_range": (0, 1)}
+    return [
+        layers.RandomFlip("horizontal", **common),
+        layers.RandomRotation(strength * 15 / 360, **move),
+        layers.RandomZoom(strength * 0.25, strength * 0.25, **move),  # the aspect changes too
+        # "nearest" shifts by whole pixels, which does not blur
+        layers.RandomTranslation(strength * 0.1, strength * 0.1, interpolation="nearest", **move),
+        layers.RandomContrast(min(strength * 0.3, 1.0), **grey),
+        layers.RandomBrightness(strength * 0.1, **grey),
+    ]
+
+
+def batches(rows: pd.DataFrame, config: Config, done: int = 0) -> tf.data.Dataset:
+    """Make the endless training stream of index rows: shuffled, augmented, repeatable.
 
     Args:
-        rows: rows of an index.
-        config: `Config`.
         done: steps to skip, which costs nothing.
 
     Returns:
-        tf.data.Dataset of (images, masks), float32 (batch_size, size, size, 1) in 0..1.
+        tf.data.Dataset of (images in 0..1, masks of 0 and 1), float32 (batch_size, size, size, 1).
     """
     images, masks = (tf.constant(array) for array in pixels(rows, config.size))
+    augmentation = _augmentation(config.augment) if config.augment else []
+
+    def shuffled(turn):  # not Dataset.shuffle, whose order is another one for each iterator
+        seed = tf.stack([tf.constant(config.seed, tf.int64), turn])
+        order = tf.random.experimental.stateless_shuffle(tf.range(len(rows)), seed)
+        return tf.data.Dataset.from_tensor_slices(order)
 
     def take(step, which):
         x, y = tf.gather(images, which), tf.gather(masks, which)
         x, y = tf.cast(x, tf.float32) / 255, tf.cast(y, tf.float32)
-        return _augmented(x, y, config, step) if config.augment else (x, y)
+        seed = _StepSeed(config.seed, step)
+        for layer in augmentation:
+            layer.backend.set_backend("tensorflow")  # that of tf.data, whatever Keras runs on
+            drawn = layer.get_random_transformation(x, seed=seed)
+            x, y = layer.transform_images(x, drawn), layer.transform_segmentation_masks(y, drawn)
+        if augmentation:
+            gamma = tf.random.stateless_uniform((len(which), 1, 1, 1), seed.next(), -0.4, 0.4)
+            x **= tf.exp(config.augment * gamma)
+        return x, y
 
-    order = tf.data.Dataset.range(len(rows)).shuffle(len(rows), config.seed).repeat()
+    order = tf.data.Dataset.counter().flat_map(shuffled)
     steps = order.batch(config.batch_size, drop_remainder=True).enumerate().skip(done)
     return steps.map(take, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 
-def _augmented(images, masks, config, step):
-    """Move a batch and its masks alike, each image its own way, and change the images' gain."""
-    number, size, strength = config.batch_size, config.size, config.augment
-    draw = tf.random.stateless_uniform((9, number), (config.seed, step), -1, 1)
-    turn = draw[0] * strength * math.radians(15)
-    scale, stretch = tf.exp(draw[1] * strength * 0.25), tf.exp(draw[2] * strength * 0.1)
-    mirror = tf.where(draw[3] < 0, -1.0, 1.0)
-    shift = draw[4:6] * strength * 0.1 * size
-    across = [tf.cos(turn) * scale * stretch * mirror, -tf.sin(turn) * scale / stretch]
-    down = [tf.sin(turn) * scale * stretch * mirror, tf.cos(turn) * scale / stretch]
-    middle = (size - 1) / 2  # output pixel (x, y) comes from input pixel (across, down)
-    start_x = middle - middle * (across[0] + across[1]) + shift[0]
-    start_y = middle - middle * (down[0] + down[1]) + shift[1]
-    nothing = tf.zeros(number)
-    transforms = tf.stack([*across, start_x, *down, start_y, nothing, nothing], axis=1)
-
-    def move(batch):
-        return tf.raw_ops.ImageProjectiveTransformV3(
-            images=batch,
-            transforms=transforms,
-            output_shape=(size, size),
-            interpolation="BILINEAR",
-            fill_mode="CONSTANT",
-            fill_value=0.0,
-        )
-
-    gamma, contrast, gain = (
-        draw[k][:, None, None, None] * strength * share
-        for k, share in ((6, 0.4), (7, 0.3), (8, 0.1))
-    )
-    images = tf.clip_by_value(move(images), 0, 1) ** tf.exp(gamma)
-    images = tf.clip_by_value((images - 0.5) * (1 + contrast) + 0.5 + gain, 0, 1)
-    return images, tf.round(move(masks))
-
-
-def fit(train, val, folder="", report=None, **config):
+def fit(
+    train: pd.DataFrame, val: pd.DataFrame, folder: str | Path = "", report=None, **config
+) -> tuple[keras.Model, pd.DataFrame]:
     """Train a U-Net; it ends with the weights of the best epoch by mean Dice on `val`.
 
-    The run is kept in a folder of its own, named by data and config. A stopped run goes on after its
+    The run is kept in a folder of its own, named by data and config. A stopped run resumes after its
     last whole epoch; a finished one is read.
 
     Args:
@@ -391,171 +278,135 @@ def fit(train, val, folder="", report=None, **config):
         config: the fields of `Config`.
 
     Returns:
-        (keras.Model, DataFrame). The frame has one row per epoch from 1: `epoch`, `train_loss`,
-        `val_loss`, `train_dice`, `val_dice` (on the network's own grid, normal images included; with
-        augmentation the training columns are of augmented images), with the loss "mse" also Keras'
-        `train_mean_iou` and `val_mean_iou`, `seconds`, `best` (True for the epoch that is kept) and
-        `source`.
+        (keras.Model, DataFrame). The frame has one row per epoch from 1: `epoch`, `loss`, `dice` (on the
+        network's own grid, normal images included) and, with the loss "mse", Keras' `mean_iou`, each
+        as `train_` (of augmented images) and `val_`; `seconds`, `best` (the epoch that is kept), `source`.
 
     Raises:
-        ValueError: an unknown choice, or groups that lie in both sets.
+        ValueError: a config out of its limits, or groups that lie in both sets.
         FloatingPointError: the loss is no finite number.
         OSError: the folder can't be written to.
     """
     config = Config(**config)
     data.check_apart(train, val)
-    run = cache.folder(folder) / "unet" / _key(train, val, config)
-    finished, table = run / "unet.keras", run / "history.csv"
-    if finished.exists():
-        print(f"this run was finished before; it is read from {finished}")
-    else:
-        run.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(config) | {"precision": _policy(config.precision)}
+    parts = VERSION, keras.backend.backend(), settings, data.signature(train), data.signature(val)
+    run = cache.run("unet", *parts, path=folder)
+    if not run.finished:
         _train(train, val, config, run, folder, report)
-    history = pd.read_csv(table)
-    history["best"] = history.epoch == history.epoch[history.val_dice.idxmax()]
-    return load(finished), history.assign(source=train.source.iloc[0])
-
-
-def _key(train, val, config):
-    parts = [
-        VERSION,
-        keras.backend.backend(),
-        dataclasses.asdict(config) | {"precision": _policy(config.precision)},
-        data.signature(train),
-        data.signature(val),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return load(run.folder / "unet.keras"), run.history().assign(source=train.source.iloc[0])
 
 
 def _train(train, val, config, run, folder, report):
-    steps = max(1, len(train) // config.batch_size)
-    state, table, best = run / "state.keras", run / "history.csv", run / "best.weights.h5"
-    if state.exists():
-        network = keras.models.load_model(state)
-        done = int(network.optimizer.iterations) // steps
-        history = pd.read_csv(table).query("epoch <= @done").to_dict("records")
+    """Train after the last state in the run's folder.
+
+    Keras writes its backup in place, into the folder `writing`. When all of an epoch is on disk, that
+    folder becomes `state-<epochs done>` in one step: a kill at any moment leaves a whole state.
+    """
+    steps, work = max(1, len(train) // config.batch_size), run.folder / "training"
+    log, writing = work / "log.csv", work / "writing"
+    done = max((int(path.name.removeprefix("state-")) for path in work.glob("state-*")), default=0)
+    network = build(config)
+    if config.pretrain_images and not done:
+        network.set_weights(_pretrain(config, folder).get_weights())
+    compile_network(network, config, config.epochs * steps)
+    checkpoint = {"mode": "max", "save_best_only": True, "save_weights_only": True}
+    if done:
+        backup = callbacks.BackupAndRestore(work / f"state-{done}")
+        backup.set_model(network)
+        backup.on_train_begin()
+        for layer in network.layers:
+            if isinstance(layer, layers.Dropout) and layer.rate:  # a backup does not hold its draws
+                layer.seed_generator.state.assign([layer.seed, done * steps])
+        cache.write(
+            log, pd.read_csv(log, nrows=done).to_csv(index=False)
+        )  # it may be an epoch ahead
+        checkpoint["initial_value_threshold"] = _history(log).val_dice.max()
     else:
-        network, done, history = build(config), 0, []
-        if config.phantoms:
-            network.set_weights(_learn_from_phantoms(config, folder).get_weights())
-        compile_network(network, config, config.epochs * steps)
-    images, masks = pixels(val, config.size)
-    validation = tf.data.Dataset.from_tensor_slices((images / np.float32(255), masks))
-    keep = _Keep(history, state, table, best, config, report)
-    network.fit(
-        batches(train, config, done * steps),
-        validation_data=validation.batch(config.batch_size),
-        epochs=config.epochs,
-        initial_epoch=done,
-        steps_per_epoch=steps,
-        callbacks=[*([keras.callbacks.SwapEMAWeights(True)] if config.average else []), keep],
-        shuffle=False,  # the stream is shuffled
-        verbose=0,
-    )
-    keep.write_history()
-    network.load_weights(best)
-    plain = build(config)  # without the optimiser, which is twice the network's size
-    plain.set_weights(network.get_weights())
-    save(plain, run / "unet.keras")
-    for path in (state, best):
-        path.unlink(missing_ok=True)
+        cache.write(log, "")
+    shutil.rmtree(writing, ignore_errors=True)
+    start = time.perf_counter()
 
-
-def _learn_from_phantoms(config, folder):
-    """Train on synthetic images first; the run is kept and serves every split of the real ones."""
-    train, val = synthetic.to_learn_from(config.phantoms, folder)
-    first = dataclasses.asdict(config) | {"phantoms": 0, "epochs": config.phantom_epochs}
-    print(f"first {len(train)} synthetic images, then the training images")
-    return fit(train, val, folder, **first)[0]
-
-
-def compile_network(network, config, steps):
-    """Give a network its optimiser, loss and metrics, for training over `steps` steps."""
-    rate = config.learning_rate
-    if config.schedule == "cosine":
-        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
-    optimizer = OPTIMIZERS[config.optimizer](
-        rate,
-        weight_decay=config.weight_decay,
-        use_ema=config.average > 0,
-        ema_momentum=config.average or 0.99,
-    )
-    measures = [MeanDice(0.5 if config.loss == "mse" else 0.0)]
-    if config.loss == "mse":
-        measures.append(keras.metrics.MeanIoU(2, name="mean_iou"))
-    network.compile(optimizer, LOSSES[config.loss], metrics=measures)
-    optimizer.build(network.trainable_variables)  # now, or the graph of a step is traced twice
-
-
-class _Keep(keras.callbacks.Callback):
-    """Keeps the history, the best weights, and a state to resume from."""
-
-    def __init__(self, history, state, table, best, config, report):
-        super().__init__()
-        self.seed, self.report = config.seed, report
-        self.history, self.state, self.table, self.best = history, state, table, best
-        self.progress = tqdm(
-            total=config.epochs,
-            initial=len(history),
-            desc="training",
-            unit="epoch",
-            file=sys.stdout,
-        )
-
-    def on_epoch_begin(self, epoch, logs=None):
-        # Here and not at the epoch's end, for there the averaged weights stand in for the raw ones.
-        if epoch > self.progress.initial:
-            self.write_history()
-            save(self.model, self.state)
-        for number, layer in enumerate(self.model.layers):
-            if isinstance(layer, layers.Dropout) and layer.rate:  # a file does not keep its draws
-                layer.seed_generator.state.assign([self.seed + number, epoch])
-        self.start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
+    def end_epoch(epoch, logs):
+        nonlocal start
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(
                 f"the training loss of epoch {epoch + 1} is {logs['loss']}; lower learning_rate, or use "
                 "precision='float32'"
             )
-        row = {"epoch": epoch + 1}
-        for name in ("loss", "dice", "mean_iou"):
-            if name in logs:
-                row |= {f"train_{name}": logs[name], f"val_{name}": logs[f"val_{name}"]}
-        if row["val_dice"] > max((past["val_dice"] for past in self.history), default=-1):
-            _whole(self.best, self.model.save_weights)
-        self.history.append(row | {"seconds": round(time.perf_counter() - self.start, 2)})
-        self.progress.set_postfix_str(f"val Dice {row['val_dice']:.3f}")
-        self.progress.update()
-        if self.report:
-            self.report(self.history)
+        now = time.perf_counter()
+        logs["seconds"], start = round(now - start, 2), now
 
-    def on_train_end(self, logs=None):
-        self.progress.close()
+    def keep_epoch(epoch, logs):
+        writing.rename(work / f"state-{epoch + 1}")
+        shutil.rmtree(work / f"state-{epoch}", ignore_errors=True)
+        history = _history(log)
+        for number in history.epoch[~history.best]:
+            (work / f"best-{number}.weights.h5").unlink(missing_ok=True)
+        if report:
+            report(history.to_dict("records"))
 
-    def write_history(self):
-        cache.write(self.table, pd.DataFrame(self.history).to_csv(index=False).encode())
-
-
-def save(network, path):
-    """Write a network to a .keras file, which appears whole or not at all."""
-    _whole(path, network.save)
-
-
-def _whole(path, write):
-    scratch = path.with_name(f"scratch-{os.getpid()}-{path.name}")
+    logger = callbacks.CSVLogger(log, append=True)
+    bar = TqdmCallback(config.epochs, verbose=0, tqdm_class=tqdm, desc="training", file=sys.stdout)
+    images, masks = pixels(val, config.size)
     try:
-        write(scratch)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise OSError(
-            f"{path} could not be written ({error}); make room or choose another"
-        ) from error
-    finally:
-        scratch.unlink(missing_ok=True)
+        network.fit(
+            batches(train, config, done * steps),
+            validation_data=(images / np.float32(255), masks),
+            validation_batch_size=config.batch_size,
+            epochs=config.epochs,
+            initial_epoch=done,
+            steps_per_epoch=steps,
+            callbacks=[
+                callbacks.TerminateOnNaN(),
+                *([callbacks.SwapEMAWeights()] if config.average else []),
+                callbacks.LambdaCallback(on_epoch_end=end_epoch),
+                logger,
+                callbacks.ModelCheckpoint(
+                    work / "best-{epoch}.weights.h5", "val_dice", **checkpoint
+                ),
+                callbacks.BackupAndRestore(writing, delete_checkpoint=False),
+                bar,
+                callbacks.LambdaCallback(on_epoch_end=keep_epoch),
+            ],
+            shuffle=False,  # the stream is shuffled
+            verbose=0,
+        )
+    finally:  # also after an error
+        logger.on_train_end()
+        bar.on_train_end()
+    history = _history(log)
+    network.load_weights(work / f"best-{history.epoch[history.best].item()}.weights.h5")
+    network.optimizer.finalize_variable_values(network.trainable_variables)  # the average
+    plain = build(config)  # without the optimiser, which is twice the network's size
+    plain.set_weights(network.get_weights())
+    save(plain, run.folder / "unet.keras")
+    run.finish(history)
+    shutil.rmtree(work, ignore_errors=True)
 
 
-def load(path):
+def _pretrain(config, folder):
+    """Train on synthetic images first; the run is kept and serves every split of the real ones."""
+    train, val = synthetic.pretraining_set(config.pretrain_images, folder)
+    first = {"pretrain_images": 0, "epochs": config.pretrain_epochs}
+    print(f"first {len(train)} synthetic images, then the training images")
+    return fit(train, val, folder, **dataclasses.asdict(config) | first)[0]
+
+
+def _history(log):
+    table = pd.read_csv(log)
+    table["epoch"] += 1  # Keras counts from 0
+    table["best"] = table.index == table.val_dice.idxmax()
+    return table.rename(columns={name: f"train_{name}" for name in ("loss", "dice", "mean_iou")})
+
+
+def save(network: keras.Model, path: str | Path) -> None:
+    """Write a network to a .keras file, which appears whole or not at all."""
+    with cache.atomic(path) as scratch:
+        network.save(scratch)
+
+
+def load(path: str | Path) -> keras.Model:
     """Read a network that `save` or `fit` wrote.
 
     Raises:
@@ -570,26 +421,19 @@ def load(path):
         network = keras.models.load_model(path, compile=False)
     except Exception as error:
         raise ValueError(f"{path} can't be read as a Keras network: {error}") from error
-    _check(network, path)
-    return network
-
-
-def _check(network, source):
     shape = getattr(network, "input_shape", None)
     if network.name != "unet" or network.output_shape != shape or shape[1] != shape[2]:
         raise ValueError(
-            f"{source} is the network {network.name!r} from {shape} to {network.output_shape}, no U-Net "
+            f"{path} is the network {network.name!r} from {shape} to {network.output_shape}, no U-Net "
             "of helpers.unet.build"
         )
+    return network
 
 
-def predict(network, image, mirror=False):
-    """Find the lesion in one image.
+def predict(network: keras.Model, image: np.ndarray, mirror: bool = False) -> np.ndarray:
+    """Find the lesion in one image, uint8 (H, W, 3) RGB.
 
-    Args:
-        network: from `build`, `fit` or `load`.
-        image: uint8 (H, W, 3) RGB.
-        mirror: average the logits with those of the mirrored image.
+    `mirror` averages the logits with those of the mirrored image.
 
     Returns:
         float32 (H, W): the probability of lesion; the ReLU head's output, cut off at 1, stands for one.
@@ -597,44 +441,35 @@ def predict(network, image, mirror=False):
     return _probabilities(network, [image], mirror)[0]
 
 
-def predict_masks(network, rows, mirror=False):
+def predict_masks(network: keras.Model, rows: pd.DataFrame, mirror: bool = False) -> dict:
     """Return a dict from image_id to bool (H, W): `predict` above 0.5 for each row."""
     images = [data.read_image(path) for path in rows.image_path]
     found = _probabilities(network, images, mirror)
-    return {name: found[i] > 0.5 for i, name in enumerate(rows.image_id)}
+    return {name: probability > 0.5 for name, probability in zip(rows.image_id, found)}
 
 
-def _probabilities(network, images, mirror, batch_size=16):
+def _probabilities(network, images, mirror):
     size = network.input_shape[1]
     batch = np.stack([_stretch(image, size) for image in images])[..., None] / np.float32(255)
-    output = network.predict(batch, batch_size, verbose=0)
+    grids = network.predict(batch, 16, verbose=0)
     if mirror:
-        output = (
-            output + network.predict(batch[:, :, ::-1], batch_size, verbose=0)[:, :, ::-1]
-        ) / 2
-    relu = network.get_layer("head").activation is keras.activations.relu
-    return [_enlarge(grid[..., 0], image.shape[:2], relu) for grid, image in zip(output, images)]
+        grids = (grids + network.predict(batch[:, :, ::-1], 16, verbose=0)[:, :, ::-1]) / 2
+    own = [cv2.resize(grid, image.shape[1::-1]) for grid, image in zip(grids, images)]
+    if network.get_layer("head").activation is keras.activations.relu:
+        return [np.clip(output, 0, 1) for output in own]
+    return [1 / (1 + np.exp(-np.clip(logits, -80, 80))) for logits in own]
 
 
-def _enlarge(grid, shape, relu):
-    grid = cv2.resize(grid.astype(np.float32), shape[::-1], interpolation=cv2.INTER_LINEAR)
-    if relu:
-        return np.clip(grid, 0, 1)
-    return 1 / (1 + np.exp(-np.clip(grid, -80, 80)))
-
-
-def levels(network):
+def levels(network: keras.Model) -> pd.DataFrame:
     """List what each level of a U-Net makes: DataFrame of `level`, `side` (pixels) and `features`."""
-    shapes = {name: network.get_layer(name).output.shape for name in LEVEL_NAMES}
-    return pd.DataFrame(
-        [{"level": name, "side": shape[1], "features": shape[3]} for name, shape in shapes.items()]
-    )
+    shapes = [network.get_layer(name).output.shape for name in LEVEL_NAMES]
+    sides, features = [shape[1] for shape in shapes], [shape[3] for shape in shapes]
+    return pd.DataFrame({"level": LEVEL_NAMES, "side": sides, "features": features})
 
 
-def feature_maps(network, image):
+def feature_maps(network: keras.Model, image: np.ndarray) -> dict[str, np.ndarray]:
     """Return what each level makes of an image: dict from level to float32 (side, side, features)."""
-    size = network.input_shape[1]
     inner = keras.Model(network.input, [network.get_layer(name).output for name in LEVEL_NAMES])
-    batch = (_stretch(image, size) / np.float32(255))[None, ..., None]
+    batch = (_stretch(image, network.input_shape[1]) / np.float32(255))[None, ..., None]
     maps = inner.predict(batch, verbose=0)
     return {name: found[0].astype(np.float32) for name, found in zip(LEVEL_NAMES, maps)}
