@@ -23,6 +23,11 @@ def lite():
     return sam.load("lite-medsam", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def released():
+    return reference.lite_medsam()
+
+
 @pytest.fixture
 def image():
     return np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
@@ -31,27 +36,25 @@ def image():
 BOX = [20, 15, 100, 70]
 
 
-def test_lite_medsam_follows_the_published_steps(lite, index):
-    network = reference.lite_medsam()
+def test_lite_medsam_follows_the_published_steps(lite, released, index):
     for row in index[index.objection == ""].query("label != 'normal'").iloc[[0, -1]].itertuples():
         picture = data.read_image(row.image_path)
         box = prompts.mask_to_box(data.read_truth(row))
-        ours, theirs = lite.predict(picture, box), reference.probability(network, picture, box)
+        ours, theirs = lite.predict(picture, box), reference.probability(released, picture, box)
         assert ours.shape == theirs.shape == picture.shape[:2]
         assert ours.max() > 0.9  # it found something, so that the comparison means something
         assert ((ours > 0.5) ^ (theirs > 0.5)).mean() < 0.002
 
 
 @pytest.mark.skipif("BUSI_DIR" not in os.environ, reason="real BUSI: set BUSI_DIR")
-def test_lite_medsam_agrees_with_the_published_steps_on_busi(lite, tmp_path):
+def test_lite_medsam_agrees_with_the_published_steps_on_busi(lite, released, tmp_path):
     from helpers import metrics
 
     rows = data.lesions(data.load_index()).iloc[::80]
     boxes = prompts.truth_boxes(rows)
-    network = reference.lite_medsam()
     theirs = {
         row.image_id: reference.probability(
-            network, data.read_image(row.image_path), boxes[row.image_id]
+            released, data.read_image(row.image_path), boxes[row.image_id]
         )
         > 0.5
         for row in rows.itertuples()
@@ -359,7 +362,7 @@ OFFICIAL = {
     "neck.conv2": "neck.2",
     "neck.layer_norm2": "neck.3",
     "layer_norm": "norm",
-    "point_embed.": "point_embeddings.",
+    "prompt_encoder.point_embed.": "prompt_encoder.point_embeddings.",
     "shared_embedding.positional_embedding": "pe_layer.positional_encoding_gaussian_matrix",
     "mask_embed.conv1": "mask_downscaling.0",
     "mask_embed.norm1": "mask_downscaling.1",
@@ -405,7 +408,7 @@ def random_sam(tmp_path_factory):
         torch.manual_seed(0)
         model = SamModel(config)
         for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.1)
+            torch.nn.init.normal_(weight, std=0.2)
     folder = tmp_path_factory.mktemp("official")
     model.save_pretrained(folder / "sam")
     pad = {"height": 256, "width": 256}
@@ -415,10 +418,9 @@ def random_sam(tmp_path_factory):
     return folder / "sam", folder / "sam_vit_b.pth"
 
 
-def test_official_names_are_those_of_the_published_parts():
+def test_official_names_are_those_of_the_published_parts(lite, released):
     """The names above, against modules that Meta and bowang-lab published."""
-    theirs = reference.lite_medsam().state_dict()
-    ours = official(sam.load("lite-medsam", device="cpu").model)
+    theirs, ours = released.state_dict(), official(lite.model)
     ours = {key.replace("tiny_vit.", ""): value for key, value in ours.items()}
 
     def decoders(state):
@@ -445,8 +447,8 @@ def test_an_official_file_gives_the_mask_of_the_transformers_folder(
     assert dataclasses.replace(ours.preprocessing, title="sam") == theirs.preprocessing
     assert ours.grid == theirs.grid == 64
     probability = ours.predict(image, BOX)
-    assert 0.1 < (probability > 0.5).mean() < 0.9  # so that the comparison means something
-    np.testing.assert_array_equal(probability, theirs.predict(image, BOX))
+    assert 0.02 < (probability > 0.5).mean() < 0.9  # so that the comparison means something
+    np.testing.assert_allclose(probability, theirs.predict(image, BOX), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -496,21 +498,20 @@ def test_medsam_follows_the_published_steps(random_sam, tmp_path, image):
     assert resized == (256, 256)
     np.testing.assert_allclose(ours, pixels, atol=1e-6)
     theirs = torch.sigmoid(logits)[0, 0].numpy()
-    assert 0.1 < (theirs > 0.5).mean() < 0.9
+    assert 0.02 < (theirs > 0.5).mean() < 0.9
     np.testing.assert_allclose(segmenter.predict(image, BOX), theirs, atol=1e-4)
     segmenter.save(tmp_path / "saved")
     again = sam.load(tmp_path / "saved", device="cpu")
     np.testing.assert_array_equal(again.predict(image, BOX), segmenter.predict(image, BOX))
 
 
-def vit_state(features, layers, heads, whole):
-    """Weights of Meta's SAM in their published shapes, without values."""
+def vit_state(decoders, features, layers, heads, whole):
+    """Weights of Meta's SAM in their published shapes, the encoder's without values."""
 
     def empty(*shape):
         return torch.empty(*shape, device="meta")
 
-    state = official(sam.load("lite-medsam", device="cpu").model)
-    state = {key: value for key, value in state.items() if not key.startswith("image_encoder.")}
+    state = {key: value for key, value in decoders.items() if "image_encoder." not in key}
     encoder = {
         "pos_embed": empty(1, 64, 64, features),
         "patch_embed.proj.weight": empty(features, 3, 16, 16),
@@ -545,8 +546,10 @@ def vit_state(features, layers, heads, whole):
         ("H", 1280, 32, 16, [7, 15, 23, 31]),
     ],
 )
-def test_the_size_is_told_from_the_shapes(monkeypatch, size, features, layers, heads, whole):
-    state = vit_state(features, layers, heads, whole)
+def test_the_size_is_told_from_the_shapes(
+    released, monkeypatch, size, features, layers, heads, whole
+):
+    state = vit_state(released.state_dict(), features, layers, heads, whole)
     monkeypatch.setattr(torch, "load", lambda *_, **__: state)
     model, preprocessing = networks.from_file("sam.pth")
     published = {"B": "base", "L": "large", "H": "huge"}[size]
@@ -645,15 +648,14 @@ def test_processor_and_model_by_hand_give_what_predict_gives(name, random_sam, t
         np.testing.assert_allclose(mask, segmenter.predict(image, box), atol=1e-4)
 
 
-def test_lite_medsam_has_the_logits_of_the_released_network(lite, index):
+def test_lite_medsam_has_the_logits_of_the_released_network(lite, released, index):
     """Key by key in transformers' classes: no weight is missing or left over, and the logits agree."""
-    network = reference.lite_medsam()
     row = data.lesions(index).iloc[0]
     image, box = data.read_image(row.image_path), prompts.mask_to_box(data.read_truth(row))
     pixels, [resized] = sam.preprocess([image], lite.preprocessing)
     scaled = sam.scale_box(box, image.shape[:2], resized)[None]
     with torch.no_grad():
-        theirs = network(pixels, scaled.numpy())[:, 0]
+        theirs = released(pixels, scaled.numpy())[:, 0]
         ours = lite.decode(lite.encode(pixels), scaled)
     assert theirs.abs().mean() > 1
     assert (ours - theirs).abs().max() < 4e-3

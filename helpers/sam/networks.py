@@ -148,7 +148,7 @@ def from_file(path, family=None):
             ) from error
         medsam = family == "medsam" or (family is None and "medsam" in Path(path).name.lower())
         vision = model.config.vision_config
-        title = f"{'MedSAM' if medsam else 'SAM'} ViT-{SIZES.get(vision.hidden_size, 'other')}"
+        title = f"{'MedSAM' if medsam else 'SAM'} ViT-{SIZES.get(vision.hidden_size, vision.hidden_size)}"
         steps = ("stretch", "min-max") if medsam else ("bilinear", "mean-std")
         preprocessing = Preprocessing(title, vision.image_size, *steps)
     load_state(model, renamed(state), str(path))
