@@ -48,13 +48,13 @@ os.environ |= {
 ORDER = ("09", "04", "05", "08", "07", "03", "02", "01", "test_search", "test_unet", "test_bulk")
 ORDER += ("test_finetune", "test_execute", "test_", "06")
 
-# Besides the notebooks, `make test-fast` leaves out Ray, kernels, other processes and long trainings: these files,
-# and tests with such words in their names.
+# Besides the notebooks, `make test-fast` leaves out Ray, kernels, other processes and long trainings: these
+# files, and tests with such words in their names.
 SLOW_FILES = ("test_search", "test_bulk", "test_execute", "test_wheel")
 SLOW_FILES += ("test_train", "test_detector")
 SLOW_NAMES = re.compile(
-    "stopped|resume|finished|learn|process|precision|float16|_lora_|published_steps|torch_backend"
-    "|changes_the_numbers|epoch|no_number|each_fold"
+    "stopped_run|finished_run|learns|learnt|processes_share|processes_build|one_process|half_precision"
+    "|bfloat16|_lora_|published_steps|torch_backend|changes_the_numbers|epoch|no_number|each_fold"
 )
 
 
@@ -77,8 +77,8 @@ def pytest_collection_modifyitems(items):
         return next(k for k, start in enumerate(ORDER) if item.path.stem.startswith(start))
 
     for item in items:
-        notebook = item.path.suffix == ".ipynb"
-        if notebook or item.path.stem in SLOW_FILES or SLOW_NAMES.search(item.name):
+        file, test = item.path.stem, item.name.partition("[")[0]
+        if item.path.suffix == ".ipynb" or file in SLOW_FILES or SLOW_NAMES.search(test):
             item.add_marker("slow")
     items.sort(key=place)
 
