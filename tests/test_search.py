@@ -86,7 +86,7 @@ def test_a_faulty_space_is_refused_before_anything_starts(task, space, message, 
     assert not (task.folder / "searches").exists()
 
 
-def test_an_unknown_model_or_fixed_choice_is_refused(task):
+def test_an_unknown_model_or_hyper_parameter_is_refused(task):
     with pytest.raises(ValueError, match="model 'resnet' is none of decoder, unet, vgg"):
         search.Task("resnet", task.train, task.val)
     with pytest.raises(ValueError, match="'width' is no hyper-parameter of decoder"):
@@ -100,7 +100,7 @@ def test_workers_are_not_sent_the_segmenter(task):
     assert sent.fixed == FAST
 
 
-def test_one_choice_at_a_time_leaves_the_rest(task):
+def test_one_hyper_parameter_at_a_time_leaves_the_rest(task):
     factors = {"batch_size": [1, 2, 4], "loss": ["dice", "dice+ce"]}
     plan = search.one_at_a_time(task, factors, (0, 1))
     expected = [{}, {"batch_size": 1}, {"batch_size": 4}, {"loss": "dice"}]
@@ -135,7 +135,7 @@ def test_the_winner_is_the_best_that_did_not_fail():
         search.winner(table.head(1))
 
 
-def test_importance_finds_the_choice_that_matters():
+def test_importance_finds_the_hyper_parameter_that_matters():
     generator = np.random.default_rng(0)
     rates, losses = 10 ** generator.uniform(-5, -1, 40), generator.choice(["a", "b"], 40)
     table = trials(
@@ -248,7 +248,7 @@ search.grid(task, [{"seed": seed} for seed in range(4)], "killed")
 """
 
 
-def test_a_killed_search_goes_on_without_what_was_done(task, tmp_path):
+def test_a_killed_search_resumes_without_what_was_done(task, tmp_path):
     slow = search.Task(
         "decoder", task.train, task.val, FAST | {"epochs": 10}, "tiny", folder=tmp_path
     )
@@ -270,7 +270,7 @@ def test_a_killed_search_goes_on_without_what_was_done(task, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
-    wait_for(1)  # one trial is done: a worker dies, and the search goes on
+    wait_for(1)  # one trial is done: a worker dies, and the search continues
     family = psutil.Process(driver.pid).children(recursive=True)
     workers = [each for each in family if "ImplicitFunc" in " ".join(each.cmdline())]
     assert workers

@@ -29,8 +29,10 @@ def value_strips(table: pd.DataFrame, rows: pd.DataFrame, measure: str, title: s
     names = list(table.parameter.unique())
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    size = {"figsize": (3.6 * columns, 1.9 * lines + 0.8), "layout": "constrained"}
-    figure, cells = plt.subplots(lines, columns, squeeze=False, sharex=True, **size)
+    size = 3.6 * columns, 1.9 * lines + 0.8
+    figure, cells = plt.subplots(
+        lines, columns, squeeze=False, sharex=True, figsize=size, layout="constrained"
+    )
     for cell in cells.flat[len(names) :]:
         cell.set_axis_off()
     for cell, name in zip(cells.flat, names):
@@ -46,8 +48,8 @@ def value_strips(table: pd.DataFrame, rows: pd.DataFrame, measure: str, title: s
     low, high = table["mean"].min(), table["mean"].max()
     edge = max(0.02, 0.4 * (high - low))  # three seeds can have a very wide interval
     cells[0, 0].set_xlim(low - edge, high + edge)
-    told = f"validation {measure}, 95 % interval over seeds; blue: the default"
-    figure.supxlabel(told, fontsize=10)
+    label = f"validation {measure}, 95 % interval over seeds; blue: the default"
+    figure.supxlabel(label, fontsize=10)
     return plots.finish(figure, rows, title)
 
 
@@ -127,7 +129,7 @@ def scaling(runs: list[dict]) -> plt.Figure:
 
 
 def _draw(draw, trials, **words):
-    """Return the Axes of an Optuna figure, which else changes the style of every later figure and warns."""
+    """Return the Axes of an Optuna figure, which would change the style of all later ones and warn."""
     layout = {"figure.constrained_layout.use": True}
     with plt.rc_context(layout), warnings.catch_warnings(action="ignore"):
         return draw(search.study(trials), **words)

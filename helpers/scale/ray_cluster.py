@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import joblib
 
@@ -54,7 +55,7 @@ def start(memory: int = 256 * 2**20):
 
     if ray.is_initialized():
         return ray
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         _check_answers(address)

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -34,7 +35,14 @@ TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # and nobody asked for TensorBoard
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # what ended more than a second before a kill is not run again
 }
-BLANK = {"setting": {}, "score": None, "epoch": 0, "curve": [], "outcome": "", "seconds": 0.0}
+BLANK: dict[str, Any] = {
+    "setting": {},
+    "score": None,
+    "epoch": 0,
+    "curve": [],
+    "outcome": "",
+    "seconds": 0.0,
+}
 BLANK |= {"device": "", "versions": {}}  # a row of the table
 MEMORY = 2 * 1024**3  # bytes that a trial asks for, so that no more run at once than memory holds
 PRUNED = optuna.trial.TrialState.PRUNED
@@ -53,7 +61,8 @@ def one_at_a_time(task: Task, factors: dict, seeds=(0, 1, 2)) -> list[dict]:
         ValueError: an unknown name, no value, or one that the model has not.
     """
     _check_space(task, factors)
-    settings, own = [{}], task.config({})
+    own = task.config({})
+    settings: list[dict] = [{}]
     for name, values in factors.items():
         settings += [{name: value} for value in values if value != getattr(own, name)]
     return [setting | {"seed": seed} for setting in settings for seed in seeds]
@@ -168,7 +177,8 @@ def winner(trials: pd.DataFrame) -> dict:
 
 def study(trials: pd.DataFrame) -> optuna.Study:
     """Return the trials of `sample` as an Optuna study; those without a score stand there as pruned."""
-    settings, domains = pd.DataFrame(map(_without_seed, trials.setting)), {}
+    settings = pd.DataFrame(map(_without_seed, trials.setting))
+    domains: dict[str, Any] = {}
     for name, values in settings.items():
         low, high = (values.min(), values.max()) if pd.api.types.is_float_dtype(values) else (0, 0)
         if low < high:

@@ -94,12 +94,14 @@ def cut(system, root, columns, batch) -> tuple[list[Shard], str]:
         return [Shard(batch * k, len(part), part) for k, part in enumerate(some)], key
     shards, number = [], 0
     for path, rows in zip(tables, _check(system, tables, columns)):
-        groups, held = (), 0
+        groups: list[int] = []
+        held = 0
         for group, following in enumerate([*rows[1:], math.inf][: len(rows)]):
-            groups, held = (*groups, group), held + rows[group]
+            groups.append(group)
+            held += rows[group]
             if held + following > batch and held:
-                shards.append(Shard(number, held, path=path, groups=groups))
-                groups, held, number = (), 0, number + held
+                shards.append(Shard(number, held, path=path, groups=tuple(groups)))
+                groups, held, number = [], 0, number + held
     if not shards:
         raise FileNotFoundError(f"the Parquet of {root!r} holds no row")
     return shards, key
