@@ -349,3 +349,11 @@ def test_a_folder_without_room_is_named(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 6])
+def test_one_cycle_takes_any_number_of_steps(tmp_path, epochs):
+    config = training.Config(epochs, 0.03, batch_size=7, schedule="one cycle")  # a step an epoch
+    _, history = train(tmp_path, config=config)
+    assert len(history) == epochs
+    assert history.learning_rate.between(0, 0.03).all()
