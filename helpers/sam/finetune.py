@@ -152,11 +152,9 @@ class _Decoder(torch.nn.Module):
 
     def __init__(self, segmenter, config):
         super().__init__()
-        network = segmenter.network
-        self.decode, self.loss = network.decode, LOSSES[config.loss]
-        self.parts = torch.nn.ModuleDict(
-            {name: network.get_submodule(network.parts[name]) for name in PARTS}
-        )
+        self.decode, self.loss = segmenter.decode, LOSSES[config.loss]
+        modules = (getattr(segmenter.model, name.replace(" ", "_")) for name in PARTS)
+        self.parts = torch.nn.ModuleDict(zip(PARTS, modules))
         for name in config.parts:
             self.parts[name].requires_grad_(True)
         for name, weight in self.named_parameters():
@@ -230,7 +228,7 @@ def _made(segmenter, rows, folder, augmentation, config):
 
 def _target(truth, resized, segmenter):
     """Resize and pad a truth like its image: bool (grid, grid)."""
-    grid = segmenter.network.grid
+    grid = segmenter.grid
     height, width = (
         max(1, round(side * grid / segmenter.preprocessing.input_size)) for side in resized
     )
