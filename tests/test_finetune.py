@@ -83,8 +83,8 @@ def test_the_segmenter_ends_with_the_best_epoch(tiny, train, val, tmp_path):
 def test_by_default_the_mask_decoder_trains_alone(tiny, train, val, tmp_path, any_epoch_is_better):
     before = weights(tiny)
     tiny.fit(train, val, tmp_path, epochs=1)
-    assert {name.split(".")[1] for name in changed(before, tiny)} == {"mask_decoder"}
-    assert not any(weight.requires_grad for weight in tiny.network.parameters())
+    assert {name.split(".")[0] for name in changed(before, tiny)} == {"mask_decoder"}
+    assert not any(weight.requires_grad for weight in tiny.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_what_trains_is_what_was_chosen(
     before = weights(tiny)
     tiny.fit(train, val, tmp_path, **FAST, parts=parts)
     names = changed(before, tiny)
-    assert {name.split(".")[1] for name in names} == expected
+    assert {name.split(".")[0] for name in names} == expected
     tiny.save(tmp_path / "saved")
     assert changed(weights(tiny), sam.load(tmp_path / "saved", device="cpu")) == set()
 
@@ -229,7 +229,7 @@ def test_another_run_is_never_mixed_in(tiny, train, val, tmp_path, monkeypatch):
         tiny.fit(rows, val, tmp_path, **config)
     sam.load("tiny", device="cpu", precision="bfloat16").fit(train, val, tmp_path)
     with torch.no_grad():
-        next(tiny.network.model.mask_decoder.parameters()).add_(1)
+        next(tiny.model.mask_decoder.parameters()).add_(1)
     tiny.fit(train, val, tmp_path)
     assert runs[0] == runs[1]
     assert len(set(runs)) == 6
@@ -298,7 +298,7 @@ def test_out_of_memory_names_the_setting(tiny, train, val, tmp_path, monkeypatch
     monkeypatch.setattr(finetune._Decoder, "forward", full)
     with pytest.raises(MemoryError, match=r"lower batch_size \(now 2\)"):
         tiny.fit(train, val, tmp_path)
-    monkeypatch.setattr(tiny.network, "encode", full)
+    monkeypatch.setattr(tiny.model.vision_encoder, "forward", full)
     with pytest.raises(MemoryError, match="take a smaller checkpoint"):
         tiny.embed([np.zeros((9, 9, 3), np.uint8)])
     with pytest.raises(MemoryError, match=r"lower batch_size \(now 4\)"):
@@ -306,10 +306,10 @@ def test_out_of_memory_names_the_setting(tiny, train, val, tmp_path, monkeypatch
 
 
 def test_other_errors_are_not_called_lack_of_memory(tiny, monkeypatch):
-    def wrong(pixels):
+    def wrong(pixels, **options):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(tiny.network, "encode", wrong)
+    monkeypatch.setattr(tiny.model.vision_encoder, "forward", wrong)
     with pytest.raises(RuntimeError, match="shapes"):
         tiny.embed([np.zeros((9, 9, 3), np.uint8)])
 

@@ -153,9 +153,8 @@ class _Decoder(torch.nn.Module):
     def __init__(self, segmenter, config):
         super().__init__()
         self.decode, self.loss = segmenter.decode, LOSSES[config.loss]
-        self.parts = torch.nn.ModuleDict(
-            {name: getattr(segmenter.model, name.replace(" ", "_")) for name in PARTS}
-        )
+        modules = (getattr(segmenter.model, name.replace(" ", "_")) for name in PARTS)
+        self.parts = torch.nn.ModuleDict(zip(PARTS, modules))
         for name in config.parts:
             self.parts[name].requires_grad_(True)
         for name, weight in self.named_parameters():
