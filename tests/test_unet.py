@@ -1,10 +1,13 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from helpers import data, unet
+from helpers import data, synthetic, unet
+from helpers.quiet import quiet_stderr
 
 keras = unet.keras  # helpers.unet sees to it that TensorFlow comes quietly
 
@@ -40,19 +43,21 @@ def test_activation_width_and_size_are_parameters():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"size": 8}, "size is 8; 4 poolings need a multiple of 16"),
-        ({"size": 100}, "size is 100; 4 poolings need a multiple of 16"),
+        ({"size": 8}, "size is 8; it must be 16 or more, and a multiple of 16"),
+        ({"size": 100}, "size is 100; it must be 16 or more, and a multiple of 16"),
         ({"loss": "dice"}, "loss 'dice' is none of mse, dice"),
         ({"activation": "swish"}, "activation 'swish' is none of relu"),
         ({"optimizer": "lion"}, "optimizer 'lion' is none of adamw, rmsprop, sgd"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"learning_rate": 0}, "learning_rate is 0; it must be above 0"),
         ({"augment": -1}, "augment is -1; it must be 0 or more"),
+        ({"pretrain_images": -1}, "pretrain_images is -1; it must be 0 or more"),
+        ({"pretrain_epochs": 0}, "pretrain_epochs is 0; it must be 1 or more"),
         ({"average": 1.0}, "average is 1.0; it must be 0 or more, and below 1"),
         ({"dropout": (0.2, 1.0)}, "dropout is 1.0; it must be 0 or more, and below 1"),
     ],
 )
-def test_bad_choices_are_named(config, message):
+def test_bad_configs_are_named(config, message):
     with pytest.raises(ValueError, match=message):
         unet.Config(**config)
 
@@ -67,27 +72,83 @@ def test_batches_are_shuffled_repeatable_and_skippable(rows):
     images, masks = stream[0]
     assert images.shape == masks.shape == (4, 32, 32, 1)
     assert 0 <= images.numpy().min() < images.numpy().max() <= 1
+    assert set(np.unique(masks)) == {0, 1}
+
+
+def test_each_pass_takes_every_image_once_in_another_order(rows, monkeypatch):
+    monkeypatch.setattr(unet, "pixels", lambda rows, size: (numbered, numbered))
+    numbered = np.arange(len(rows[0]), dtype=np.uint8)[:, None, None, None] * np.ones(
+        (1, 16, 16, 1)
+    )
+    stream = unet.batches(rows[0], unet.Config(size=16, width=2, batch_size=1))
+    for _ in range(2):  # a second iterator gives the same again
+        order = [int(mask[0, 0, 0, 0]) for _, mask in stream.take(2 * len(rows[0]))]
+        first, second = order[: len(rows[0])], order[len(rows[0]) :]
+        assert sorted(first) == sorted(second) == list(range(len(rows[0])))
+        assert first != second
+
+
+def augmented(array, monkeypatch, **config):
+    """A batch of one array, uint8 0 to 255, as image and, where it is above 127, as mask."""
+    monkeypatch.setattr(unet, "pixels", lambda rows, size: (array, (array > 127).astype(np.uint8)))
+    config = unet.Config(size=array.shape[1], batch_size=len(array), **config)
+    images, masks = next(iter(unet.batches(array, config)))
+    return images.numpy(), masks.numpy()
+
+
+def test_augmentation_moves_image_and_mask_alike(monkeypatch):
+    square = np.zeros((4, 64, 64, 1), np.uint8)
+    square[:, 20:36, 24:44] = 255
+    images, masks = augmented(square, monkeypatch, augment=1.0)
+    assert (masks != (square > 127)).any(axis=(1, 2, 3)).all()
+    assert ((images > 0.5) == (masks > 0.5)).mean() > 0.99
+    assert set(np.unique(masks)) == {0, 1}
+    sides = set()
+    for mask in masks:
+        assert 0.5 * 320 < mask.sum() < 2 * 320  # scaled by at most a quarter, up or down
+        places = np.argwhere(mask[..., 0])
+        sides.add(tuple(np.ptp(places, axis=0)))
+    assert len(sides) == 4  # each image its own way
+
+
+def test_half_of_the_images_are_mirrored(monkeypatch):
+    ramp = np.tile(
+        np.linspace(0, 255, 64).astype(np.uint8)[:, None], (64, 64, 1, 1)
+    )  # rises with x
+    images, _ = augmented(ramp, monkeypatch, augment=0.5)
+    falling = images[:, 32, 20, 0] > images[:, 32, 44, 0]
+    assert 0.25 < falling.mean() < 0.75
+
+
+def test_brightness_contrast_and_gamma_change_the_image_alone(monkeypatch):
+    grey = np.full((16, 32, 32, 1), 150, np.uint8)
+    images, masks = augmented(grey, monkeypatch, augment=1.0)
+    middle = images[:, 16, 16, 0]  # no move brings the black border here
+    assert middle.std() > 0.03
+    assert 0.3 < middle.min() < 150 / 255 < middle.max() < 0.85
+    assert (masks[:, 16, 16] == 1).all()
+
+
+def test_the_strongest_augmentation_is_one_that_keras_takes(monkeypatch):
+    images, masks = augmented(np.full((4, 32, 32, 1), 200, np.uint8), monkeypatch, augment=3.9)
+    assert np.isfinite(images).all()
     assert set(np.unique(masks)) <= {0, 1}
 
 
-def test_augmentation_moves_image_and_mask_alike():
-    square = np.zeros((4, 64, 64, 1), np.float32)
-    square[:, 20:36, 24:44] = 1
-    config = unet.Config(size=64, batch_size=4, augment=1.0)
-    images, masks = unet._augmented(square, square, config, 3)
-    moved = masks.numpy() != square
-    assert moved.any(axis=(1, 2, 3)).all()
-    assert ((images.numpy() > 0.5) == (masks.numpy() > 0.5)).mean() > 0.99
-    for mask in masks.numpy():
-        assert 0.5 * 320 < mask.sum() < 2 * 320  # scaled by at most a quarter, up or down
-
-
-def test_half_of_the_images_are_mirrored():
-    ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32)[:, None], (64, 64, 1, 1))  # rises with x
-    config = unet.Config(size=64, batch_size=64, augment=0.5)
-    images, _ = unet._augmented(ramp, ramp, config, 0)
-    falling = images.numpy()[:, 32, 20, 0] > images.numpy()[:, 32, 44, 0]
-    assert 0.25 < falling.mean() < 0.75
+def test_a_setting_of_channels_first_changes_nothing(rows, tmp_path):
+    config = OURS | {"average": 0.9, "epochs": 1}
+    expected, history = unet.fit(*rows, tmp_path / "last", **config)
+    keras.config.set_image_data_format("channels_first")  # as a keras.json may do
+    try:
+        network, again = unet.fit(*rows, tmp_path / "first", **config)
+        image = data.read_image(rows[1].image_path.iloc[0])
+        assert unet.predict(network, image, mirror=True).shape == image.shape[:2]
+        assert set(unet.feature_maps(network, image)) == set(unet.levels(network).level)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    np.testing.assert_allclose(again.train_loss, history.train_loss, rtol=1e-5)
+    for one, other in zip(network.get_weights(), expected.get_weights()):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_the_reference_loss_is_the_mean_squared_error():
@@ -100,32 +161,61 @@ def test_the_reference_loss_is_the_mean_squared_error():
     assert loss == pytest.approx(0.25, rel=1e-4)
 
 
-def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch):
-    config = OURS | {"epochs": 3, "average": 0.9}
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_a_run_killed_in_a_backup_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch):
+    config = OURS | {"epochs": 4, "average": 0.9}
     network, history = unet.fit(*rows, tmp_path / "whole", **config)
+    folder, written = tmp_path / "broken", []
 
-    class Stopped(Exception):
-        pass
+    def cut_off(network, path, *rest, **options):
+        save_weights(network, path, *rest, **options)
+        if Path(path).parent.name == "writing":
+            written.append(path)
+            if len(written) == 3:  # of the third epoch, which the log has already
+                for file in [path, *folder.glob("unet/*/training/best-3.*")]:
+                    os.truncate(file, 1000)
+                raise Killed
 
-    def stop(self, epoch, logs=None):
-        if epoch == 2:
-            raise Stopped
-        return begin(self, epoch, logs)
-
-    begin = unet._Keep.on_epoch_begin
-    monkeypatch.setattr(unet._Keep, "on_epoch_begin", stop)
-    with pytest.raises(Stopped):
-        unet.fit(*rows, tmp_path / "broken", **config)
-    monkeypatch.undo()
-    resumed, again = unet.fit(*rows, tmp_path / "broken", **config)
-    assert again.epoch.tolist() == [1, 2, 3]
-    columns = ["train_loss", "val_loss", "val_dice"]
+    save_weights = keras.Model.save_weights
+    monkeypatch.setattr(keras.Model, "save_weights", cut_off)
+    with pytest.raises(Killed):
+        unet.fit(*rows, folder, **config)
+    (log,) = folder.glob("unet/*/training/log.csv")
+    assert len(log.read_text().splitlines()) == 4
+    monkeypatch.setattr(keras.Model, "save_weights", save_weights)
+    told = []
+    resumed, again = unet.fit(*rows, folder, lambda history: told.append(len(history)), **config)
+    assert told == [3, 4]
+    assert again.epoch.tolist() == [1, 2, 3, 4]
+    assert again.best.tolist() == history.best.tolist()
+    columns = ["train_loss", "train_dice", "val_loss", "val_dice"]
     np.testing.assert_allclose(again[columns], history[columns], rtol=1e-4)
     for one, other in zip(resumed.get_weights(), network.get_weights()):
         np.testing.assert_allclose(one, other, atol=1e-4)
+    assert {path.name for path in log.parents[1].iterdir()} == {"unet.keras", "history.csv"}
 
 
-def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys, monkeypatch):
+def test_a_run_stopped_after_its_last_epoch_is_finished(rows, tmp_path, monkeypatch):
+    def stop(network, path):
+        raise Killed
+
+    save = unet.save
+    monkeypatch.setattr(unet, "save", stop)
+    with pytest.raises(Killed):
+        unet.fit(*rows, tmp_path, **TINY)
+    monkeypatch.setattr(unet, "save", save)
+    network, history = unet.fit(*rows, tmp_path, **TINY)
+    assert history.epoch.tolist() == [1, 2]
+    images, masks = unet.pixels(rows[1], TINY["size"])
+    found = network.predict(images / np.float32(255), verbose=0)
+    dice = np.mean(unet.dice(masks, found, 0.5))
+    assert dice == pytest.approx(history.val_dice[history.best].item(), abs=1e-5)
+
+
+def test_a_network_is_pretrained_first_and_once(rows, tmp_path, capsys, monkeypatch):
     started, compile_network = [], unet.compile_network
 
     def spy(network, *rest):
@@ -133,22 +223,25 @@ def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys, monkeypatch)
         compile_network(network, *rest)
 
     monkeypatch.setattr(unet, "compile_network", spy)
-    config = TINY | {"phantoms": 8, "phantom_epochs": 2, "epochs": 1}
+    config = TINY | {"pretrain_images": 8, "pretrain_epochs": 2, "epochs": 1}
     unet.fit(*rows, tmp_path, **config)
     assert "synthetic images, then the training images" in capsys.readouterr().out
     random = unet.build(unet.Config(**TINY)).get_weights()
-    learnt = unet._learn_from_phantoms(unet.Config(**config), tmp_path).get_weights()
+    first = TINY | {"epochs": 2, "pretrain_epochs": 2}
+    pretrained = unet.fit(*synthetic.pretraining_set(8, tmp_path), tmp_path, **first)[
+        0
+    ].get_weights()
     assert "finished before" in capsys.readouterr().out
     assert all(map(np.array_equal, started[0], random))
-    assert all(map(np.array_equal, started[1], learnt))
+    assert all(map(np.array_equal, started[1], pretrained))
     assert not np.allclose(started[1][0], random[0])
-    unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **config)  # other rows, the same phantoms
+    unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **config)  # other rows, the same synthetic ones
     assert "finished before" in capsys.readouterr().out
-    assert all(map(np.array_equal, started[2], learnt))
+    assert all(map(np.array_equal, started[2], pretrained))
     assert len(started) == 3
 
 
-def test_an_optimizer_is_a_choice():
+def test_an_optimizer_is_chosen_by_name():
     kinds = {"adamw": "AdamW", "rmsprop": "RMSprop", "sgd": "SGD"}
     for name, kind in kinds.items():
         config = unet.Config(**TINY | {"optimizer": name, "weight_decay": 0.1, "average": 0.9})
@@ -196,13 +289,11 @@ def test_training_learns(rows, tmp_path):
 
 
 def test_dice_counts_two_empty_masks_as_agreement():
-    measure = unet.MeanDice()
     truth = np.zeros((3, 4, 4, 1), np.float32)
     truth[1:, :2] = 1
     logits = np.full((3, 4, 4, 1), -1.0, np.float32)
     logits[1, :2, :2] = 1.0
-    measure.update_state(truth, logits)
-    assert float(measure.result()) == pytest.approx((1 + 2 * 4 / (8 + 4) + 0) / 3)
+    assert np.asarray(unet.dice(truth, logits)) == pytest.approx([1, 2 * 4 / (8 + 4), 0])
 
 
 def test_loss_is_dice_plus_cross_entropy():
@@ -260,8 +351,12 @@ def test_groups_in_both_sets_are_refused(rows, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(rows, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"lower learning_rate, or use\s+precision"):
-        unet.fit(*rows, tmp_path, **OURS | {"learning_rate": 1e38, "batch_norm": False})
+    wrong = OURS | {"learning_rate": 1e38, "batch_norm": False}
+    for _ in range(2):  # a second try does not resume from what went wrong
+        with pytest.raises(
+            FloatingPointError, match=r"epoch 1 is \S+; lower learning_rate, or use\s+prec"
+        ):
+            unet.fit(*rows, tmp_path, **wrong)
 
 
 ON_TORCH = """
@@ -270,9 +365,20 @@ os.environ["KERAS_BACKEND"] = "torch"
 from helpers import data, unet
 split = data.split(data.load_index(sys.argv[1]))
 train, val = split[split.subset == "train"], data.scored(split, "val")
-config = dict(size=32, width=2, epochs=1, batch_size=4, loss="dice+ce", average=0.9)
-network, history = unet.fit(train, val, sys.argv[2], **config)
-assert history.val_loss.notna().all()
+config = dict(size=32, width=2, epochs=3, batch_size=4, loss="dice+ce", average=0.9, augment=1.0)
+network, history = unet.fit(train, val, sys.argv[2] + "/whole", **config)
+def report(history):
+    if len(history) == 2:
+        raise InterruptedError
+try:
+    unet.fit(train, val, sys.argv[2] + "/broken", report, **config)
+except InterruptedError:
+    print("stopped after two epochs")
+resumed, again = unet.fit(train, val, sys.argv[2] + "/broken", **config)
+columns = ["train_loss", "val_loss", "val_dice"]
+assert (again[columns] - history[columns]).abs().max().max() < 1e-4, (again, history)
+for one, other in zip(resumed.get_weights(), network.get_weights()):
+    assert abs(one - other).max() < 1e-4
 assert unet.predict(network, data.read_image(val.image_path.iloc[0])).min() >= 0
 print("trained on", unet.keras.backend.backend())
 """
@@ -283,6 +389,7 @@ def test_the_torch_backend_trains_too(synthetic_root, tmp_path):
         [sys.executable, "-c", ON_TORCH, synthetic_root, tmp_path], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert "stopped after two epochs" in done.stdout
     assert "trained on torch" in done.stdout
 
 
@@ -301,3 +408,13 @@ def test_torch_and_tensorflow_live_in_one_process():
         assert (process.returncode, said.strip()) == (0, "2.0"), (order, warned)
         if "unet" in order.partition(",")[0]:
             assert warned == ""  # TensorFlow's start-up notes are held back
+
+
+def test_what_is_held_back_from_stderr_comes_out_with_an_error(capfd):
+    with quiet_stderr():
+        os.write(2, b"a start-up note")
+    with pytest.raises(ValueError, match="wrong"), quiet_stderr():  # noqa: PT012
+        os.write(2, b"the reason\n")
+        raise ValueError("wrong")
+    os.write(2, b"later")
+    assert capfd.readouterr().err == "the reason\nlater"
