@@ -18,7 +18,7 @@ test: .venv/installed ## test everything, each notebook included: about 6 minute
 test-fast: .venv/installed ## test helpers/ without notebooks, Ray and kills: under a minute on 2 cores
 	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder -m "not slow" tests
 
-lint: .venv/installed ## check style and types: half a minute the first time, then seconds
+lint: .venv/installed ## check style and types: seconds
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy

@@ -54,7 +54,7 @@ SLOW_FILES = ("test_search", "test_bulk", "test_execute", "test_wheel")
 SLOW_FILES += ("test_train", "test_detector")
 SLOW_NAMES = re.compile(
     "stopped_run|finished_run|learns|learnt|processes_share|processes_build|one_process|half_precision"
-    "|bfloat16|_lora_|published_steps|torch_backend|changes_the_numbers|epoch|no_number|each_fold"
+    "|bfloat16|killed|published_steps|torch_backend|changes_the_numbers|epoch|no_number|each_fold"
 )
 
 

@@ -30,8 +30,6 @@ DIGESTS = {
 REPLACERS = {
     "cache.py": "the atomic write of a file",
     "sam/segmenter.py": "a saved model is a folder, whose files appear together",
-    "training.py": "a checkpoint is a folder, whose files appear together",
-    "unet.py": "a checkpoint is a folder, whose files appear together",
 }
 # CONTRIBUTING.md has the words to use instead.
 DIALECT = re.compile(
