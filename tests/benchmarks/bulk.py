@@ -69,7 +69,7 @@ class StandIn:
         large = cv2.resize(image[..., 0], (512, 512), interpolation=cv2.INTER_CUBIC)
         for _ in range(6):
             large = cv2.GaussianBlur(large, (0, 0), 3)
-        probability = 1 - pipeline.enlarge(large.astype(np.float32), image.shape) / 255
+        probability = 1 - cv2.resize(large.astype(np.float32), image.shape[1::-1]) / 255
         mask = probability > np.quantile(probability, 0.9)
         classes = dict(zip(data.LABELS, (0.2, 0.3, 0.5)))
         box = np.array([[10, 10, 40, 40]], np.float32)
