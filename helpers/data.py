@@ -84,10 +84,10 @@ def load_index(root=None):
         root: as for `find_busi`.
 
     Returns:
-        DataFrame, one row per image, with `image_id` ("benign (1)"), `label`, `image_path`,
-        `mask_paths` (tuple, as many as there are), `group` (the split keeps it together),
-        `objection`, `annotation`, and also `same_frame` (images that are one ultrasound frame),
-        `source` ("BUSI" or "synthetic") and, for BUSI, `fold` (of seed 0; -1: dropped).
+        DataFrame, one row per image, with `image_id` ("benign (1)"), `label`, `image_path`, `mask_paths`
+        (tuple), `group` (the split keeps it together), `objection`, `annotation`, `same_frame` (images that
+        are one ultrasound frame), `source` ("BUSI" or "synthetic") and, for BUSI, `fold` (of seed 0; -1:
+        dropped).
 
     Raises:
         FileNotFoundError: no data set, or an image or a mask of it is missing.

@@ -117,6 +117,7 @@ def label_counts(index):
     for bars in axes.containers:
         axes.bar_label(bars)
     axes.set(xlabel="", ylabel="count")
+    axes.margins(y=0.12)
     axes.legend(frameon=False)
     return finish(figure, index, "Images and groups per label")
 
@@ -185,7 +186,8 @@ def groups_side_by_side(rows, title, column="same_frame"):
 
 def annotation_counts(index):
     """Bars: how many images of each label carry each kind of burned-in mark."""
-    kinds = index.annotation.str.get_dummies("&").groupby(index.label).sum().reindex(data.LABELS)
+    kinds = index.annotation.str.get_dummies("&").drop(columns="", errors="ignore")
+    kinds = kinds.groupby(index.label).sum().reindex(data.LABELS)
     kinds = kinds.reindex(kinds.sum().sort_values(ascending=False).index, axis=1)
     figure, axes = _axes()
     kinds.T.plot.bar(ax=axes, stacked=True, rot=0, color=LABEL_COLOURS, ylabel="images")

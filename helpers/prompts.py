@@ -36,10 +36,7 @@ def truth_boxes(rows):
 
 
 def mask_boxes(masks):
-    """Return the boxes of predicted masks.
-
-    Args:
-        masks: dict from image_id to bool (H, W).
+    """Return the boxes of predicted masks, a dict from image_id to bool (H, W).
 
     Returns:
         dict from image_id to the box of the mask's largest 8-connected part, at least 2 pixels wide and
@@ -143,15 +140,10 @@ def fill_ellipse(box, shape):
 
 
 def draw_box(image, box, enabled=True):
-    """Show an image on which the reader drags or redraws a box.
-
-    Args:
-        image: uint8 (H, W, 3) RGB.
-        box: (4,) that is there at the start.
-        enabled: False where nobody is there to draw; then there is no widget.
+    """Show an image, uint8 (H, W, 3) RGB, with a box (4,) that the reader drags or redraws.
 
     Returns:
-        BBoxWidget, to be the last line of a cell, or None.
+        BBoxWidget, to be the last line of a cell; None where `enabled` is False, as nobody is there to draw.
     """
     if not enabled:
         return None
@@ -168,15 +160,9 @@ def draw_box(image, box, enabled=True):
 
 
 def drawn_box(widget, shape, default):
-    """Return the last box of a `draw_box` widget, clipped to the image.
+    """Return the last box of a `draw_box` widget, float32 (4,) in pixels, inside `shape` (H, W).
 
-    Args:
-        widget: from `draw_box`, or None.
-        shape: (H, W) of the image.
-        default: (4,) for no widget, or for one whose boxes the reader has deleted.
-
-    Returns:
-        float32 (4,): x_min, y_min, x_max, y_max in pixels.
+    `default` (4,) stands in for no widget, and for one whose boxes the reader has deleted.
     """
     if widget is None or not widget.bboxes:
         return np.asarray(default, dtype=np.float32)

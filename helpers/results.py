@@ -186,16 +186,9 @@ class Recorder:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", key):
             raise ValueError(f"key {key!r} must be lower-case words joined by hyphens")
         header = {"format": FORMAT, "key": key, "title": title, "task": task, "prompt": prompt}
-        about = {
-            "data": self._data,
-            "seed": self.seed,
-            "profile": self.profile,
-            "device": device_name(self.device),
-            "seconds": round(seconds, 1),
-            "versions": versions(),
-            "details": details or {},
-            "date": datetime.date.today().isoformat(),
-        }
+        about = {"data": self._data, "seed": self.seed, "profile": self.profile}
+        about |= {"device": device_name(self.device), "seconds": round(seconds, 1)}
+        about |= {"versions": versions(), "details": details or {}, "date": _today()}
         words = [self._data["source"], key, prompt, self._data["split"], f"fold {self.fold}"]
         name = " ".join([*words, f"seed {self.seed} n{len(self.rows)}"]).lower()
         target = folder(self.path) / f"{re.sub(r'[^a-z0-9]+', '-', name)}.json"
@@ -222,20 +215,11 @@ def save_trials(trials, train, val, *, name, model, measure, settings, path="") 
         path: folder of result files, as for `folder`; trials lie in `trials/` there.
     """
     source = val.source.iloc[0]
-    header = {
-        "format": FORMAT,
-        "key": name,
-        "title": model,
-        "measure": measure,
-        "data": {
-            "source": source,
-            "split": val.split.iloc[0] if "split" in val else "none",
-            "train": {"images": len(train), "signature": data.signature(train)},
-            "val": {"images": len(val), "signature": data.signature(val)},
-        },
-        "settings": settings,
-        "date": datetime.date.today().isoformat(),
-    }
+    about = {"source": source, "split": val.split.iloc[0] if "split" in val else "none"}
+    for subset, rows in (("train", train), ("val", val)):
+        about[subset] = {"images": len(rows), "signature": data.signature(rows)}
+    header = {"format": FORMAT, "key": name, "title": model, "measure": measure, "data": about}
+    header |= {"settings": settings, "date": _today()}
     # Each trial notes device and versions, for a cluster may mix them; mostly all are the same.
     machines = trials[["device", "versions"]].to_dict("records")
     known = [machine for k, machine in enumerate(machines) if machine not in machines[:k]]
@@ -250,13 +234,12 @@ def save_trials(trials, train, val, *, name, model, measure, settings, path="") 
     return target
 
 
-def trained(history: pd.DataFrame, config: dict) -> dict:
-    """Sum a training up for `details`: its config, the epoch that was kept and its losses, the time.
+def _today():
+    return datetime.date.today().isoformat()
 
-    Args:
-        history: DataFrame from a `fit`.
-        config: dict of the settings that were passed to it.
-    """
+
+def trained(history: pd.DataFrame, config: dict) -> dict:
+    """Sum the history of a `fit` up for `details`: its config, the epoch kept and its losses, the time."""
     best = history[history.best].iloc[0]
     losses = {
         name: round(float(best[name]), 5) for name in history if name.startswith(("train_", "val_"))

@@ -84,7 +84,7 @@ def pretraining_set(images_per_class, folder=""):
         folder: to keep them in; "" is `helpers.cache.folder()`.
 
     Returns:
-        (train, val): rows of an index. They are other images than those that stand in for BUSI.
+        (train, val): rows of an index, of other images than those that stand in for BUSI.
 
     Raises:
         ValueError: fewer images than can be split.
