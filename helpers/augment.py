@@ -1,25 +1,67 @@
-"""Views of an image with its mask: mirrored, turned, scaled, and at another gain."""
+"""Augmentation of an image together with its mask: the only one of the torch models.
 
+A frame is mirrored, rotated, zoomed and shifted, and shown as another scanner would: at another gain,
+contrast and gamma, blurred, with more speckle. Masks and feature maps move with it, each at its own
+resolution; the intensities of the pixels alone change.
+"""
+
+import dataclasses
+import math
 import zlib
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 
-MAX_TURN = 10  # degrees: a probe is tilted, never upside down, for shadows fall down
-SCALE = 0.1  # share
-BRIGHTNESS, CONTRAST = 0.2, 0.2  # shares: the gain and the dynamic range of another scanner
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """How far each change goes at most; 0 leaves it out.
+
+    Attributes:
+        mirror: share of the images that are mirrored.
+        rotate: degrees; a probe is tilted, never upside down, for shadows fall down.
+        zoom: logarithm of the zoom; the height is zoomed by another half of it.
+        shift: share of the frame's sides.
+        gain, contrast, gamma: logarithm of a factor of the intensity, of its distance from the mean, and
+            of its exponent.
+        blur: standard deviation of a Gaussian, as a share of the shorter side.
+        speckle: standard deviation of multiplicative noise.
+    """
+
+    mirror: float = 0.5
+    rotate: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+    gain: float = 0.0
+    contrast: float = 0.0
+    gamma: float = 0.0
+    blur: float = 0.0
+    speckle: float = 0.0
 
 
-def view(image, mask, number, key, seed=0, strength=1.0):
-    """Return one of an image's views, the same for the same arguments.
+USUAL = Ranges(mirror=0, rotate=10, zoom=0.1, gain=0.2, contrast=0.2, blur=0.002, speckle=0.05)
+
+
+def augment(
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    number: int,
+    key: str,
+    seed: int = 0,
+    strength: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return one of an image's augmentations, the same for the same arguments.
 
     Args:
         image: uint8 (H, W, 3) RGB.
         mask: bool (H, W), or None.
-        number: 0 the image itself, 1 its mirror image; from 2 on also turned, scaled and at another
-            gain, each its own way, and odd ones mirrored.
-        key: names the image, so that its views do not hang on which others are seen.
-        seed: of the views from 2 on.
-        strength: of turn, scale and gain; 1 is usual, 0 mirrors only.
+        number: 0 the image itself, 1 its mirror image; from 2 on each changes within `USUAL` in its own
+            way, and odd ones are mirrored.
+        key: names the image, so that its augmentations do not depend on which others are seen.
+        seed: of the augmentations from 2 on.
+        strength: factor of the ranges; 0 mirrors only.
 
     Returns:
         (uint8 (H, W, 3), bool (H, W) or None).
@@ -29,25 +71,59 @@ def view(image, mask, number, key, seed=0, strength=1.0):
         mask = None if mask is None else np.ascontiguousarray(mask[:, ::-1])
     if number < 2:
         return image, mask
+    ranges = Ranges(*(strength * most for most in dataclasses.astuple(USUAL)))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {number} {key}".encode()))
+    masks = [] if mask is None else [torch.from_numpy(mask)[None, None].float()]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    pixels, *masks = augment_batch(pixels, *masks, ranges=ranges, generator=generator)
+    image = (pixels[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return image, masks[0][0, 0].numpy() > 0.5 if masks else None
 
-    import torch
-    from torchvision import tv_tensors
-    from torchvision.transforms import v2
 
-    change = v2.Compose(
-        [
-            v2.RandomAffine(
-                MAX_TURN * strength,
-                scale=[1 + SCALE * strength * side for side in (-1, 1)],
-                interpolation=v2.InterpolationMode.BILINEAR,
-            ),
-            v2.ColorJitter(brightness=BRIGHTNESS * strength, contrast=CONTRAST * strength),
-        ]
+def augment_batch(
+    pixels: torch.Tensor, *maps: torch.Tensor, ranges: Ranges, generator=None
+) -> list[torch.Tensor]:
+    """Augment each image of a batch in its own way, and move its maps alike.
+
+    Args:
+        pixels: float (N, C, H, W) from 0 to 1. A rotation is one in these pixels.
+        maps: float (N, channels, height, width) of the same frames at any resolution: masks, features.
+        ranges: Ranges.
+        generator: torch.Generator of the CPU, which all that is random comes from; None: torch's own.
+
+    Returns:
+        list of tensors in the shapes of `pixels` and `maps`, 0 where the frame does not reach.
+    """
+    count, _, height, width = pixels.shape
+
+    def draw(largest, *shape):
+        return (2 * torch.rand(count, *shape, generator=generator) - 1) * largest
+
+    mirrored = 1 - 2 * (torch.rand(count, generator=generator) < ranges.mirror).float()
+    turn, zoom = draw(math.radians(ranges.rotate)), draw(ranges.zoom)
+    across, down = zoom.exp() * mirrored, (zoom + draw(ranges.zoom / 2)).exp()
+    # From places in the result to places in the frame. Both run from -1 to 1 whatever the sides are,
+    # so a rotation of the pixels needs the aspect.
+    rows = [
+        torch.stack([turn.cos() * across, -turn.sin() * down * height / width], 1),
+        torch.stack([turn.sin() * across * width / height, turn.cos() * down], 1),
+    ]
+    move = torch.cat([torch.stack(rows, 1), 2 * draw(ranges.shift, 2, 1)], 2)
+    grids = (F.affine_grid(move, part.shape, align_corners=False) for part in (pixels, *maps))
+    pixels, *maps = (
+        F.grid_sample(part, grid, align_corners=False) for part, grid in zip((pixels, *maps), grids)
     )
-    pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
-    lesion = tv_tensors.Mask(torch.zeros(image.shape[:2]) if mask is None else torch.tensor(mask))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed} {number} {key}".encode()))
-        pixels, lesion = change(pixels, lesion)
-    image = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-    return image, None if mask is None else lesion.numpy().astype(bool)
+    gain, contrast, gamma = (
+        draw(largest, 1, 1, 1).exp() for largest in (ranges.gain, ranges.contrast, ranges.gamma)
+    )
+    pixels = pixels.clamp(min=1e-4) ** gamma * gain
+    pixels = torch.lerp(pixels.mean((1, 2, 3), keepdim=True), pixels, contrast)
+    if ranges.blur:
+        largest = ranges.blur * min(height, width)
+        size = 2 * [2 * math.ceil(3 * largest) + 1]
+        drawn = (largest * torch.rand(count, generator=generator)).clamp(min=1e-3).tolist()
+        pixels = torch.stack([gaussian_blur(one, size, [sd]) for one, sd in zip(pixels, drawn)])
+    if ranges.speckle:
+        amount = ranges.speckle * torch.rand(count, 1, 1, 1, generator=generator)
+        pixels *= 1 + amount * torch.randn(count, 1, height, width, generator=generator)
+    return [pixels.clamp(0, 1), *maps]

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ def test_the_network_is_torchvisions_vgg16():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"weights": "cifar"}, "weights 'cifar' is none of imagenet, phantoms, scratch"),
+        ({"weights": "cifar"}, "weights 'cifar' is none of imagenet, synthetic, scratch"),
         ({"weights": "imagenet", "width": 4}, "ImageNet's weights are for a width of 64"),
         ({"size": 16}, "size is 16; it must be 32 or more"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
@@ -37,11 +38,11 @@ def test_the_network_is_torchvisions_vgg16():
         ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be 0 or more"),
         ({"augment": -1.0}, "augment is -1.0; it must be 0 or more"),
         ({"activation": "swish"}, "activation 'swish' is none of relu, gelu"),
-        ({"optimizer": "lion"}, "optimizer 'lion' is none of adamw, adam, sgd"),
+        ({"optimizer": "lion"}, "optimizer 'lion' is none of adam, adamw, sgd"),
         ({"loss": "hinge"}, "loss 'hinge' is none of ce, focal"),
     ],
 )
-def test_bad_choices_are_named(config, message):
+def test_a_bad_config_is_named(config, message):
     with pytest.raises(ValueError, match=message):
         vgg.Config(**config)
 
@@ -51,16 +52,14 @@ def test_the_learning_rate_follows_the_weights():
     assert vgg.Config(learning_rate=0.5).learning_rate == 0.5
 
 
-def test_without_a_download_it_says_that_it_starts_from_phantoms(monkeypatch, capsys):
+def test_without_a_download_it_says_that_it_starts_from_synthetic_images(monkeypatch, capsys):
     def offline(self, **options):
         raise OSError("no route to host")
 
     monkeypatch.setattr(vgg.VGG16_Weights, "get_state_dict", offline)
-    assert vgg.default_weights() == "phantoms"
-    assert (
-        "starts from phantoms: the ImageNet weights can't be had (no route"
-        in capsys.readouterr().out
-    )
+    assert vgg.default_weights() == "synthetic"
+    said = capsys.readouterr().out
+    assert "starts from synthetic images: the ImageNet weights can't be had (no route" in said
     monkeypatch.setattr(vgg.VGG16_Weights, "get_state_dict", lambda self, **options: {})
     assert vgg.default_weights() == "imagenet"
 
@@ -87,25 +86,33 @@ def test_a_stopped_run_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch
     config = TINY | {"epochs": 3}
     network, history = vgg.fit(*rows, folder=tmp_path / "whole", **config)
     monkeypatch.setattr(vgg, "WRITE_EVERY", 0)
-    epoch = vgg._Run._epoch
 
-    def stop(self, number, *arguments):
-        if number == 3:
+    def stop(past):
+        if len(past) == 2:
             raise KeyboardInterrupt
-        return epoch(self, number, *arguments)
 
-    monkeypatch.setattr(vgg._Run, "_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        vgg.fit(*rows, folder=tmp_path / "broken", **config)
-    monkeypatch.setattr(vgg._Run, "_epoch", epoch)
-    resumed, again = vgg.fit(*rows, folder=tmp_path / "broken", **config)
-    columns = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "best"]
-    np.testing.assert_allclose(
-        again[columns].astype(float), history[columns].astype(float), rtol=1e-5
+        vgg.fit(*rows, folder=tmp_path / "broken", report=stop, **config)
+    torch.manual_seed(7)  # the caller's generator plays no part
+    heard = []
+    resumed, again = vgg.fit(
+        *rows, folder=tmp_path / "broken", report=lambda past: heard.append(len(past)), **config
+    )
+    assert heard == [3]
+    pd.testing.assert_frame_equal(
+        again.drop(columns="seconds"), history.drop(columns="seconds"), check_exact=True
     )
     for one, other in zip(resumed.parameters(), network.parameters()):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert not list((tmp_path / "broken").rglob("state.pt"))
+        assert torch.equal(one, other)
+    assert not list((tmp_path / "broken").rglob("checkpoint-*"))
+
+
+def test_a_step_has_dropout_and_no_other_step_has_the_same(rows):
+    learner = vgg._Learner(vgg.build(width=4), "ce", torch.tensor([0, 1, 2])).train()
+    batch = torch.from_numpy(vgg.pictures(rows[1], 32)), torch.tensor([0, 1, 2, 0])
+    assert learner(*batch)["loss"] != learner(*batch)["loss"]
+    learner.eval()
+    assert learner(*batch)["loss"] == learner(*batch)["loss"]
 
 
 def test_a_finished_run_is_read_and_masks_make_another(rows, tmp_path, capsys):
@@ -122,14 +129,19 @@ def test_a_finished_run_is_read_and_masks_make_another(rows, tmp_path, capsys):
     assert "finished before" not in capsys.readouterr().out
 
 
-def test_phantoms_are_learnt_first_and_once(rows, tmp_path, capsys):
-    config = TINY | {"weights": "phantoms", "phantoms": 8, "phantom_epochs": 2, "epochs": 1}
+def test_synthetic_images_are_learnt_first_and_once(rows, tmp_path, capsys):
+    config = TINY | {"weights": "synthetic", "epochs": 1}
+    config |= {"pretrain_images": 8, "pretrain_epochs": 2}
     network, _ = vgg.fit(*rows, folder=tmp_path, **config)
     assert "synthetic images, then the training images" in capsys.readouterr().out
     alone, _ = vgg.fit(*rows, folder=tmp_path, **config | {"weights": "scratch"})
     assert not torch.equal(network.features[0].weight, alone.features[0].weight)
-    vgg.fit(rows[0].iloc[1:], rows[1], folder=tmp_path, **config)  # other rows, the same phantoms
+    capsys.readouterr()
+    vgg.fit(rows[0].iloc[1:], rows[1], folder=tmp_path, **config)  # other rows, the same start
     assert "finished before" in capsys.readouterr().out
+    again, _ = vgg.fit(*rows, folder=tmp_path, **config)  # reads nothing but itself
+    assert capsys.readouterr().out.count("finished before") == 1
+    assert torch.equal(network.features[0].weight, again.features[0].weight)
 
 
 def test_training_learns(rows, tmp_path):
@@ -144,40 +156,58 @@ def test_training_learns(rows, tmp_path):
     )
 
 
-def test_epochs_are_judged_on_the_validation_images(rows, tmp_path, monkeypatch):
-    judged, logits = [], vgg._logits
-    monkeypatch.setattr(vgg, "_logits", lambda *given: judged.append(given[1]) or logits(*given))
+def test_epochs_are_validated_on_the_validation_images(rows, tmp_path, monkeypatch):
+    seen, logits = [], vgg._logits
+    monkeypatch.setattr(vgg, "_logits", lambda *given: seen.append(given[1]) or logits(*given))
     vgg.fit(*rows, folder=tmp_path, **TINY)
-    assert len(judged) == TINY["epochs"]
-    assert np.array_equal(judged[0], vgg.pictures(rows[1], TINY["size"]))
+    assert len(seen) == TINY["epochs"]
+    assert np.array_equal(seen[0], vgg.pictures(rows[1], TINY["size"]))
 
 
-def test_each_class_weighs_the_same_and_the_rate_falls(rows, tmp_path):
-    train = rows[0].drop(rows[0].index[rows[0].label == "benign"][1:])
-    run = vgg._Run(train, rows[1], None, tmp_path, vgg.Config(**TINY))
-    run.train()
-    counts = train.label.value_counts()
-    torch.testing.assert_close(
-        run.weight * torch.tensor([counts[label] for label in data.LABELS]),
-        torch.full((3,), len(train) / 3),
-    )
-    assert run.optimizer.param_groups[0]["lr"] < 0.2 * TINY["learning_rate"]
-    _, even = vgg.fit(train, rows[1], folder=tmp_path, **TINY | {"balance": False})
-    assert even.train_loss[0] != run.history[0]["train_loss"]
+def test_each_class_weighs_the_same_in_the_loss():
+    counts = torch.tensor([2, 5, 1])
+    learner = vgg._Learner(vgg.build(width=4), "ce", torch.arange(3).repeat_interleave(counts))
+    torch.testing.assert_close(learner.weight * counts, torch.full((3,), 8 / 3))
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    learner.network.forward = lambda pixels: logits
+    labels = torch.tensor([0, 1])
+    found = learner.eval()(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), labels)
+    weight = 8 / 3 / counts[labels]
+    each = -torch.log_softmax(logits, 1)[[0, 1], labels]
+    torch.testing.assert_close(found["loss"], (weight * each).sum() / weight.sum())
+    assert found["accuracy"] == 0.5
 
 
-def test_augmentation_and_imagenet_weights_are_choices(rows, tmp_path, monkeypatch):
-    picture = vgg.pictures(rows[0].head(1), 32)[0]
-    for augment in (True, False):
-        run = vgg._Run(*rows, None, tmp_path, vgg.Config(**TINY | {"augment": augment}))
-        assert np.array_equal(run._view(picture, 1, 0), picture) != augment
-    monkeypatch.setattr(vgg, "build", lambda pretrained, *others: pretrained)
-    run = vgg._Run(*rows, None, tmp_path, vgg.Config(weights="imagenet"))
-    assert run._start() is True
+def test_the_rate_falls_along_a_cosine_in_every_step(rows, tmp_path):
+    _, history = vgg.fit(*rows, folder=tmp_path, **TINY | {"epochs": 4})
+    expected = [TINY["learning_rate"] * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in range(4)]
+    np.testing.assert_allclose(history.learning_rate, expected, rtol=1e-6)
+
+
+def test_every_epoch_shows_another_augmentation_of_each_picture(rows):
+    pictures, keys = vgg.pictures(rows[0], 32), rows[0].image_id
+    for strength in (1.0, 0.0):
+        config = vgg.Config(**TINY | {"augment": strength})
+        train_set = vgg._Pictures(pictures, torch.zeros(len(keys)), keys, config)
+        shown = []
+        for epoch in (1, 2):
+            train_set.set_epoch(epoch)
+            shown.append(train_set[0]["pictures"])
+        assert np.array_equal(shown[0], pictures[0]) == (not strength)
+        assert np.array_equal(*shown) == (not strength)
+    expected = vgg.views(rows[0].iloc[0], 32, [2])[0]
+    train_set = vgg._Pictures(pictures, torch.zeros(len(keys)), keys, vgg.Config(**TINY))
+    train_set.set_epoch(1)
+    assert np.array_equal(train_set[0]["pictures"], expected)
+
+
+def test_imagenet_weights_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(vgg, "build", lambda pretrained, **others: pretrained)
+    assert vgg._pretrained(vgg.Config(weights="imagenet"), tmp_path) is True
 
 
 def test_pixels_are_normalised_as_for_imagenet():
-    white = vgg._normalise(np.full((1, 2, 2, 3), 255, np.uint8), "cpu")
+    white = vgg._normalise(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8))
     expected = [(1 - mean) / sd for mean, sd in zip(vgg.MEAN, vgg.SD)]
     np.testing.assert_allclose(white[0, :, 0, 0], expected, rtol=1e-5)
 
@@ -212,7 +242,7 @@ def test_grad_cam_is_large_where_the_class_is_found(rows):
         kept["features"] = output
 
     network.features[29].register_forward_hook(keep)
-    network(vgg._normalise(picture, "cpu"))[0, data.LABELS.index(said)].backward()
+    network(vgg._normalise(torch.from_numpy(picture)))[0, data.LABELS.index(said)].backward()
     weights = kept["features"].grad.mean(dim=(2, 3), keepdim=True)
     expected = F.relu((weights * kept["features"]).sum(dim=1, keepdim=True))
     expected = F.interpolate(expected, (96, 96), mode="bilinear")[0, 0].detach().numpy()
@@ -224,7 +254,7 @@ def test_grad_cam_is_of_the_class_that_is_said(rows):
     network = vgg.build(width=4)
     last = network.classifier[-1]
     with torch.no_grad():
-        last.weight[:2] = 0  # these classes hang on no picture
+        last.weight[:2] = 0  # these classes depend on no picture
         last.weight[2] = 1
         last.bias[2] = 9
     maps, said = vgg.explain(network, vgg.pictures(rows[1], 64)[:2])

@@ -135,7 +135,7 @@ class Pipeline:
 
     def _detect(self, image, embedding):
         """Return the detectors' lesion map (H, W) and class probabilities (3,)."""
-        pixels, features = detector.see(image, embedding, self.detectors[0].shape["size"])
+        pixels, features = detector.inputs(image, embedding, self.detectors[0].shape["size"])
         maps, classes = detector.predict(self.detectors, pixels[None, None], features[None])
         return cv2.resize(maps[0], image.shape[1::-1]), classes[0]
 

@@ -49,7 +49,7 @@ def fit(segmenter, material, embeddings, fold, folder="", **config):
 
     Args:
         segmenter: helpers.sam.Segmenter.
-        material: helpers.pipeline.detector.Material of rows from `helpers.data.split`; rows of the test
+        material: helpers.pipeline.detector.TrainingData of rows from `helpers.data.split`; rows of the test
             fold are passed over.
         embeddings: dict from image_id to the embedding of each row's own image.
         fold: the test fold.

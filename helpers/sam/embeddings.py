@@ -54,7 +54,7 @@ def embed_rows(segmenter, rows, folder="", view=0, seed=0, quiet=False):
         segmenter: helpers.sam.Segmenter.
         rows: rows of an index.
         folder: of the cache; "" is `helpers.cache.folder()`.
-        view: which augmentation of each image, as for `helpers.augment.view`; 0 is the image itself.
+        view: which augmentation of each image, as for `helpers.augment.augment`; 0 is the image itself.
         seed: of the augmentation.
         quiet: show no progress.
 
@@ -109,7 +109,7 @@ def state_hash(module):
 
 def _image(row, view, seed):
     image = data.read_image(row.image_path)
-    return augment.view(image, None, view, row.image_id, seed)[0] if view else image
+    return augment.augment(image, None, view, row.image_id, seed)[0] if view else image
 
 
 def _image_hash(image):
