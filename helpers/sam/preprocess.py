@@ -12,10 +12,9 @@ import torch
 class Preprocessing:
     """What a checkpoint family expects of its input.
 
-    The image's longest side becomes `input_size` pixels, intensities are scaled, and zeros fill the
-    square at the right and at the bottom. Logits go the same way back: enlarged to `input_size`,
-    the padding cut off, resized bilinearly to the image's own size. "stretch" brings both sides to
-    `input_size`, without padding, and logits straight back.
+    The image's longest side becomes `input_size` pixels, intensities are scaled, and zeros fill the square
+    at the right and at the bottom. Logits go the same way back: enlarged to `input_size`, the padding cut
+    off, resized bilinearly to the image's own size. "stretch" resizes both sides, without padding.
     """
 
     title: str  # the model's name in a result row
@@ -50,10 +49,9 @@ def processor(preprocessing: Preprocessing, grid: int = 256):
     stretch, size = preprocessing.resample == "stretch", preprocessing.input_size
 
     class MinMaxProcessor(SamImageProcessor):
-        """Resizes an image as uint8; then its own minimum and maximum become 0 and 1.
+        """An image is resized as uint8; then its own minimum and maximum become 0 and 1.
 
-        Sources: bowang-lab/MedSAM, CVPR24_LiteMedSAM_infer.py of branch LiteMedSAM and, where both sides
-        are stretched, MedSAM_Inference.py of branch main.
+        bowang-lab/MedSAM: CVPR24_LiteMedSAM_infer.py and, where both sides stretch, MedSAM_Inference.py.
         """
 
         def _get_preprocess_shape(self, old_shape, longest_edge):
@@ -71,7 +69,7 @@ def processor(preprocessing: Preprocessing, grid: int = 256):
             if not do_rescale:  # a mask
                 return images
             images = images.float()
-            low, high = (limit(images, (1, 2, 3), True) for limit in (torch.amin, torch.amax))
+            low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
             return (images - low) / (high - low).clamp(min=1e-8)
 
     padded = grid if stretch else size  # what logits are enlarged to before padding is cut off
@@ -122,8 +120,8 @@ def preprocess(images: list, preprocessing: Preprocessing) -> tuple[torch.Tensor
 
 def input_shape(shape: tuple, preprocessing: Preprocessing) -> tuple:
     """Return the (h, w) that an image of `shape` (H, W) fills of the network's input, pixels."""
-    image_processor = processor(preprocessing).image_processor
-    return image_processor._get_preprocess_shape(shape[:2], preprocessing.input_size)
+    shape_of = processor(preprocessing).image_processor._get_preprocess_shape
+    return shape_of(shape[:2], preprocessing.input_size)
 
 
 def scale_box(box, image_size: tuple, resized: tuple) -> torch.Tensor:

@@ -95,9 +95,10 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a torch device multiplies in bfloat16 natively, so that it is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+    cpu = torch.cpu
+    return device.type == "cpu" and (
+        cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +131,8 @@ class Segmenter:
         # Channels last: the same numbers from a faster encoder on a CPU.
         model = model.to(device, torch.float32, memory_format=torch.channels_last).eval()
         self.model = model.requires_grad_(False)
-        self.preprocessing = preprocessing
-        self.checkpoint = checkpoint
-        self.device = device
-        self.title = title or preprocessing.title
-        self.precision = precision
+        self.preprocessing, self.title = preprocessing, title or preprocessing.title
+        self.checkpoint, self.device, self.precision = checkpoint, device, precision
         self.grid = 4 * model.config.prompt_encoder_config.image_embedding_size
         self.batch_size = 1 if device.type == "cpu" else 8
 
@@ -185,22 +183,16 @@ class Segmenter:
             features: (N, channels, h, w), as `encode` gives them.
             boxes: (N, 4) x_min, y_min, x_max, y_max in pixels of the network's input.
         """
-        output = self.model(
-            image_embeddings=features, input_boxes=boxes[:, None], multimask_output=False
-        )
-        return output.pred_masks[:, 0, 0]
+        prompt = {"input_boxes": boxes[:, None], "multimask_output": False}
+        return self.model(image_embeddings=features, **prompt).pred_masks[:, 0, 0]
 
     @torch.no_grad()
     def predict(self, image_or_embedding, box) -> np.ndarray:
-        """Segment what the box holds.
+        """Return the probability that a pixel is lesion, float32 (H, W), at the image's own size.
 
         Args:
             image_or_embedding: uint8 (H, W, 3) RGB, or its Embedding.
             box: (4,) x_min, y_min, x_max, y_max in the image's pixels, inclusive.
-
-        Returns:
-            float32 (H, W): the probability of each pixel, at the image's own size. Above 0.5 is
-            the lesion.
 
         Raises:
             ValueError: no uint8 RGB image; a box that is outside the image, inverted or empty.
@@ -210,11 +202,10 @@ class Segmenter:
             check_image(embedding)
             check_box(box, embedding.shape)
             embedding = self.embed([embedding])[0]
-        check_box(box, embedding.image_size)
         size, resized = embedding.image_size, embedding.resized
+        check_box(box, size)
         features = embedding.features[None].to(self.device, torch.float32)
-        prompt = scale_box(box, size, resized)
-        logits = self.decode(features, prompt[None].to(self.device))
+        logits = self.decode(features, scale_box(box, size, resized)[None].to(self.device))
         logits = enlarge(logits[None], size, resized, self.preprocessing)
         return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
 
@@ -255,9 +246,10 @@ class Segmenter:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            plain = torch.contiguous_format  # the only one that safetensors writes
-            state = self.model.state_dict()
-            state = {key: value.cpu().clone(memory_format=plain) for key, value in state.items()}
+            state = {  # in the only memory format that safetensors writes
+                key: value.cpu().clone(memory_format=torch.contiguous_format)
+                for key, value in self.model.state_dict().items()
+            }
             save_file(state, new / "model.safetensors")
             settings = {
                 "checkpoint": self.checkpoint,
