@@ -12,33 +12,33 @@ TINY = {"epochs": 2, "batch_size": 4, "size": 64, "depth": 8, "pretrain_images":
 def parts(index, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     segmenter, rows = sam.load("tiny", "cpu"), data.split(index)
-    material = detector.prepare(segmenter, rows, folder, 1, 64)
-    return segmenter, material, embeddings.embed_rows(segmenter, rows, folder), folder
+    training_data = detector.prepare(segmenter, rows, folder, 1, 64)
+    return segmenter, training_data, embeddings.embed_rows(segmenter, rows, folder), folder
 
 
 @pytest.fixture(scope="module")
 def fitted(parts):
-    segmenter, material, found, folder = parts
-    return train.fit(segmenter, material, found, 0, folder, **TINY)
+    segmenter, training_data, found, folder = parts
+    return train.fit(segmenter, training_data, found, 0, folder, **TINY)
 
 
 def test_each_image_is_predicted_by_the_detector_that_had_not_seen_it(parts, fitted, monkeypatch):
-    _, material, found, folder = parts
+    _, training_data, found, folder = parts
     built, predicted, history = fitted
-    rows = material.rows
+    rows = training_data.rows
     assert list(predicted.image_id) == list(rows.image_id[rows.fold != 0])
     assert len(built.detectors) == 4
     assert sorted(history.held_out.unique()) == [1, 2, 3, 4]
     learnt, asked = [], []
     fit, predict = detector.fit, detector.predict
 
-    def watched_fit(material, picked, *others, **config):
-        learnt.append(set(material.rows.fold.iloc[picked]))
-        return fit(material, picked, *others, **config)
+    def watched_fit(training_data, picked, *others, **config):
+        learnt.append(set(training_data.rows.fold.iloc[picked]))
+        return fit(training_data, picked, *others, **config)
 
     def watched_predict(detectors, pixels, features):
         where = [
-            next(k for k in range(len(rows)) if (material.pixels[0, k] == one).all())
+            next(k for k in range(len(rows)) if (training_data.pixels[0, k] == one).all())
             for one in pixels
         ]
         asked.append(set(rows.fold.iloc[where]))
@@ -46,7 +46,7 @@ def test_each_image_is_predicted_by_the_detector_that_had_not_seen_it(parts, fit
 
     monkeypatch.setattr(detector, "fit", watched_fit)
     monkeypatch.setattr(detector, "predict", watched_predict)
-    train.fit(parts[0], material, found, 0, folder, **TINY)
+    train.fit(parts[0], training_data, found, 0, folder, **TINY)
     assert learnt == [{2, 3, 4}, {1, 3, 4}, {1, 2, 4}, {1, 2, 3}]
     assert asked == [{1}, {2}, {3}, {4}]
 
@@ -55,10 +55,10 @@ def test_the_test_fold_plays_no_part(parts, fitted, tmp_path):
     """With other pixels and other masks in the test fold the very same pipeline comes out."""
     import dataclasses
 
-    segmenter, material, found, _ = parts
-    held_out = np.flatnonzero(material.rows.fold == 0)
+    segmenter, training_data, found, _ = parts
+    held_out = np.flatnonzero(training_data.rows.fold == 0)
     spoilt = dataclasses.replace(
-        material, pixels=material.pixels.clone(), lesions=material.lesions.clone()
+        training_data, pixels=training_data.pixels.clone(), lesions=training_data.lesions.clone()
     )
     spoilt.pixels[:, held_out] = 3
     spoilt.lesions[:, held_out] = 255
@@ -69,15 +69,15 @@ def test_the_test_fold_plays_no_part(parts, fitted, tmp_path):
 
 
 def test_two_test_folds_share_the_detectors_that_saw_neither(parts, fitted, capsys):
-    segmenter, material, found, folder = parts
-    train.fit(segmenter, material, found, 1, folder, **TINY)
+    segmenter, training_data, found, folder = parts
+    train.fit(segmenter, training_data, found, 1, folder, **TINY)
     assert capsys.readouterr().out.count("finished before") == 1
 
 
 def test_the_rule_with_the_highest_dice_is_kept(parts):
     """Maps that are right at 0.35 and wrong at 0.5: the threshold has to come down."""
-    segmenter, material, found, _ = parts
-    rows = data.lesions(material.rows).head(6)
+    segmenter, training_data, found, _ = parts
+    rows = data.lesions(training_data.rows).head(6)
     detected = {}
     for row in rows.itertuples():
         truth = data.read_truth(row).astype(np.float32)

@@ -206,14 +206,14 @@ def load(folder: str | Path | None = None, device=None, precision: str = "auto")
             f"the pipeline in {str(folder)!r} is of version {version}, this package reads {VERSION}; "
             "train it again with helpers.pipeline.train.fit, or install the package that wrote it"
         )
-    parts = (np.array(settings[name]) for name in ("weights", "bias"))
+    weights, bias = np.array(settings["weights"]), np.array(settings["bias"])
     scores = {label: np.array(part) for label, part in settings["nonconformity"].items()}
     detectors = [
         detector.load(folder / f"detector-{number}.safetensors")
         for number in range(settings["detectors"])
     ]
     segmenter = sam.load(settings["segmenter"], device, precision)
-    classifier, rules = diagnosis.Diagnosis(*parts, scores), Rules(**settings["rules"])
+    classifier, rules = diagnosis.Diagnosis(weights, bias, scores), Rules(**settings["rules"])
     return Pipeline(segmenter, detectors, classifier, rules, settings["card"])
 
 

@@ -1,6 +1,7 @@
 """What a pipeline predicts on the images of an index, and how good that is."""
 
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,17 +22,17 @@ CAUSES = {
 }
 
 
-def predict(pipeline, rows, embeddings=None, mirror=False):
+def predict(pipeline, rows: pd.DataFrame, embeddings: dict | None = None, mirror=False) -> dict:
     """Segment and classify the images of an index.
 
     Args:
         pipeline: helpers.pipeline.Pipeline.
         rows: rows of an index.
-        embeddings: dict from image_id to embedding, where they are at hand.
+        embeddings: by image_id, where they are at hand.
         mirror: as for `Pipeline.segment`.
 
     Returns:
-        dict from image_id to helpers.pipeline.Finding: the `findings` of all other functions here.
+        By image_id helpers.pipeline.Finding: the `findings` of all other functions here.
     """
     return {
         row.image_id: pipeline.segment(
@@ -41,21 +42,18 @@ def predict(pipeline, rows, embeddings=None, mirror=False):
     }
 
 
-def masks(findings):
-    """Return a dict from image_id to bool (H, W), all lesions of each finding together."""
+def masks(findings: dict) -> dict[str, np.ndarray]:
+    """Return by image_id bool (H, W): all lesions of each finding together."""
     return {name: finding.mask for name, finding in findings.items()}
 
 
-def detector_masks(findings):
-    """Return a dict from image_id to bool (H, W): the detectors' lesion map at 0.5, without a segmenter."""
+def detector_masks(findings: dict) -> dict[str, np.ndarray]:
+    """Return by image_id bool (H, W): the detectors' lesion map at 0.5, without a segmenter."""
     return {name: finding.lesion_map > 0.5 for name, finding in findings.items()}
 
 
-def segmenter_masks(segmenter, findings, embeddings):
-    """Return a dict from image_id to bool (H, W): what a segmenter alone makes of the predicted boxes.
-
-    `embeddings` is a dict from image_id to embedding.
-    """
+def segmenter_masks(segmenter, findings: dict, embeddings: dict) -> dict[str, np.ndarray]:
+    """Return by image_id bool (H, W): what a segmenter alone makes of the predicted boxes."""
     alone = {}
     for name, finding in findings.items():
         alone[name] = np.zeros(finding.probability.shape, dtype=bool)
@@ -64,17 +62,17 @@ def segmenter_masks(segmenter, findings, embeddings):
     return alone
 
 
-def class_probabilities(findings):
+def class_probabilities(findings: dict) -> np.ndarray:
     """Return float (N, 3) of findings, columns in the order of `helpers.data.LABELS`."""
     return np.array([list(finding.probabilities.values()) for finding in findings.values()])
 
 
-def detection(rows, findings):
+def detection(rows: pd.DataFrame, findings: dict) -> pd.DataFrame:
     """Count lesions found and false alarms: `helpers.metrics.detection` of findings."""
     return metrics.detection(rows, {name: finding.masks for name, finding in findings.items()})
 
 
-def record(recorder, pipeline, findings, scores, seconds):
+def record(recorder, pipeline, findings: dict, scores: pd.DataFrame, seconds: float) -> list[Path]:
     """Write the result files of a pipeline, its segmentation and its classification.
 
     Args:
@@ -82,9 +80,6 @@ def record(recorder, pipeline, findings, scores, seconds):
         pipeline: helpers.pipeline.Pipeline.
         findings: of `predict`, which took `seconds`.
         scores: DataFrame from `helpers.metrics.score` of the findings' masks.
-
-    Returns:
-        list of Path.
     """
     training = {name: value for name, value in pipeline.card.items() if name != "trained_on"}
     counts = metrics.detection_summary(detection(recorder.rows, findings))
@@ -97,7 +92,7 @@ def record(recorder, pipeline, findings, scores, seconds):
     ]
 
 
-def decisions(rows, findings):
+def decisions(rows: pd.DataFrame, findings: dict) -> pd.DataFrame:
     """Show what prediction sets give: how often there is a decision, and how often it is correct.
 
     Returns:
@@ -116,7 +111,7 @@ def decisions(rows, findings):
     return table.groupby("class").agg({"images": "sum"} | share).loc[order].reset_index()
 
 
-def confidence(scores, findings):
+def confidence(scores: pd.DataFrame, findings: dict) -> pd.DataFrame:
     """Put the Dice that a pipeline expects of its own masks beside the Dice of `metrics.score`.
 
     Returns:
@@ -131,7 +126,7 @@ def confidence(scores, findings):
     return table.assign(kept=number / len(table), mean_dice=table.dice.cumsum() / number)
 
 
-def failures(rows, findings, scores):
+def failures(rows: pd.DataFrame, findings: dict, scores: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of lesion images with a Dice below `FAILED` in `scores`, the worst first.
 
     `dice` and `cause` are added: the first of `CAUSES` that holds.
@@ -160,7 +155,7 @@ def _cause(row, mask):
     return "border"
 
 
-def degraded(pipeline, rows):
+def degraded(pipeline, rows: pd.DataFrame) -> pd.DataFrame:
     """Score a pipeline on the images of rows as another scanner would show them, by `robustness`.
 
     Returns:
@@ -191,7 +186,7 @@ def degraded(pipeline, rows):
     return pd.DataFrame(lines)
 
 
-def dice_by(scores, column, seed=0):
+def dice_by(scores: pd.DataFrame, column: str, seed: int = 0) -> pd.DataFrame:
     """Return mean Dice with its 95 % interval for each value of a column of scores, such as `device`."""
     lines = []
     for value, part in scores.groupby(column, sort=True):

@@ -1,12 +1,15 @@
 """Figures of notebooks 07 and 08: what a pipeline finds, how sure it is, where it fails."""
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
 from helpers import data, plots
 from helpers.pipeline import evaluate, robustness
 
 
-def report(image, finding):
+def report(image: np.ndarray, finding) -> Figure:
     """Two panels: the frame with what was found in it, and the probability of each class.
 
     Args:
@@ -39,7 +42,7 @@ def _lesions(finding):
     return f"{lesions}, expected Dice {expected}" if expected else lesions
 
 
-def uncertainty(row, finding):
+def uncertainty(row, finding) -> Figure:
     """Three panels: the frame with mask and truth, probability per pixel, uncertainty per pixel.
 
     Args:
@@ -59,7 +62,7 @@ def uncertainty(row, finding):
     return plots.finish(figure, row, f"{row.image_id}: {_lesions(finding)}")
 
 
-def failures(failed, findings, title, columns=4):
+def failures(failed: pd.DataFrame, findings: dict, title: str, columns: int = 4) -> Figure | None:
     """Failed predictions beside the truth, each with its cause and Dice; None where there are none.
 
     Args:
@@ -79,13 +82,12 @@ def failures(failed, findings, title, columns=4):
     return plots.finish(figure, failed, title)
 
 
-def confidence_curve(table, rows, title="Does the pipeline know when it is wrong?"):
+def confidence_curve(table: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Two panels: expected against true Dice, and mean Dice of the most confident share of the images.
 
     Args:
         table: DataFrame from `helpers.pipeline.evaluate.confidence`.
         rows: rows of the index, for the title.
-        title: of the figure.
     """
     figure, (dots, curve) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for label, part in table.groupby("label"):
@@ -96,10 +98,10 @@ def confidence_curve(table, rows, title="Does the pipeline know when it is wrong
     curve.plot(table.kept, table.mean_dice, color=plots.PREDICTION)
     curve.set(xlabel="share of lesion images kept, by decreasing confidence")
     curve.set(ylabel="their mean Dice", xlim=(0, 1), ylim=(0, 1.02))
-    return plots.finish(figure, rows, title)
+    return plots.finish(figure, rows, "Does the pipeline know when it is wrong?")
 
 
-def degradations(row):
+def degradations(row) -> Figure:
     """The image of a row of an index at every level of every degradation, with its truth."""
     image, truth = data.read_image(row.image_path), data.read_truth(row)
     kinds, levels = robustness.KINDS, robustness.LEVELS
@@ -113,7 +115,7 @@ def degradations(row):
     return plots.finish(figure, row, row.image_id)
 
 
-def degradation_curves(table, rows, seed=0):
+def degradation_curves(table: pd.DataFrame, rows: pd.DataFrame, seed: int = 0) -> Figure:
     """Mean Dice against the level of each degradation, with 95 % intervals.
 
     Args:
@@ -138,7 +140,7 @@ def degradation_curves(table, rows, seed=0):
     return plots.finish(figure, rows, "A frozen pipeline on other scanners' frames")
 
 
-def means_by(table, rows, title):
+def means_by(table: pd.DataFrame, rows: pd.DataFrame, title: str) -> Figure:
     """Mean Dice with its interval for each value of a column.
 
     Args:

@@ -48,7 +48,8 @@ def apply(
     if level == 0:
         return image, mask
     rng = np.random.default_rng(zlib.crc32(f"{kind} {key}".encode()))
-    return tuple(map(np.ascontiguousarray, KINDS[kind](image, mask, level, rng)))
+    image, mask = KINDS[kind](image, mask, level, rng)
+    return np.ascontiguousarray(image), np.ascontiguousarray(mask)
 
 
 def _gain(image, mask, level, rng):

@@ -44,35 +44,41 @@ tool: no medical device, and never the ground for a decision about a patient.
 """
 
 
-def fit(segmenter, material, embeddings, fold, folder="", **config):
+def fit(
+    segmenter: sam.Segmenter,
+    training_data: detector.TrainingData,
+    embeddings: dict,
+    fold: int,
+    folder: str | Path = "",
+    **config,
+) -> tuple[pipeline.Pipeline, pd.DataFrame, pd.DataFrame]:
     """Train, choose and calibrate a pipeline without one fold.
 
     Args:
-        segmenter: helpers.sam.Segmenter.
-        material: helpers.pipeline.detector.TrainingData of rows from `helpers.data.split`; rows of the test
-            fold are passed over.
+        segmenter: whose boxes the detectors will propose.
+        training_data: of rows from `helpers.data.split`; those of the test fold are passed over.
         embeddings: dict from image_id to the embedding of each row's own image.
         fold: the test fold.
         folder: for runs; "" is `helpers.cache.folder()`.
         config: the fields of `helpers.pipeline.detector.Config`.
 
     Returns:
-        (Pipeline, DataFrame, DataFrame). The first frame has one row per image outside the test fold,
-        predicted out-of-fold: `image_id`, `label`, `group`, `fold`, `dice`, `confidence` (of the
-        largest lesion), and the calibrated `normal`, `benign`, `malignant`. The second is the training
-        history with the column `held_out`.
+        The pipeline, a frame with one row per image outside the test fold, predicted
+        out-of-fold: `image_id`, `label`, `group`, `fold`, `dice`, `confidence` (of the
+        largest lesion), and the calibrated `normal`, `benign`, `malignant`; and the training history
+        with the column `held_out`.
     """
-    rows = material.rows
+    rows = training_data.rows
     detectors, histories, detected = [], [], {}
     for held_out in sorted(set(rows.fold) - {fold}):
         picked = np.flatnonzero(~rows.fold.isin((fold, held_out)))
         mixed = segmenter.precision == "bfloat16"
-        member, history = detector.fit(material, picked, folder, mixed, **config)
+        member, history = detector.fit(training_data, picked, folder, mixed, **config)
         detectors.append(member)
         histories.append(history.assign(held_out=held_out))
         unseen = np.flatnonzero(rows.fold == held_out)
         maps, classes = detector.predict(
-            [member], material.pixels[0, unseen], material.features[0, unseen]
+            [member], training_data.pixels[0, unseen], training_data.features[0, unseen]
         )
         detected |= dict(zip(rows.image_id[unseen], zip(maps, classes)))
     training = rows[rows.fold != fold].reset_index(drop=True)
@@ -82,10 +88,8 @@ def fit(segmenter, material, embeddings, fold, folder="", **config):
     classifier, probabilities = diagnosis.fit(features, training)
     normal = probabilities[:, data.LABELS.index("normal")]
     rules = dataclasses.replace(rules, normal=choose_normal(training.label, dice, normal))
-    predicted = training[["image_id", "label", "group", "fold"]].assign(
-        dice=dice, confidence=confidence
-    )
-    predicted[list(data.LABELS)] = probabilities
+    predicted = training[["image_id", "label", "group", "fold"]].copy()
+    predicted[["dice", "confidence", *data.LABELS]] = np.c_[dice, confidence, probabilities]
     scored = predicted.drop_duplicates("group")
     classes = metrics.classification(scored[list(data.LABELS)].to_numpy(), scored.label.to_numpy())
     history = pd.concat(histories, ignore_index=True)
@@ -109,11 +113,7 @@ def fit(segmenter, material, embeddings, fold, folder="", **config):
 def choose_rules(segmenter, rows, detected, embeddings):
     """Try the values of `GRID`, one rule after the other; keep the highest mean Dice of lesion images.
 
-    Args:
-        segmenter: helpers.sam.Segmenter.
-        rows: rows of an index.
-        detected: dict from image_id to (lesion map (size, size), class probabilities (3,)).
-        embeddings: dict from image_id to embedding.
+    `detected` is a dict from image_id to lesion map (size, size) and class probabilities (3,).
 
     Returns:
         (Rules, DataFrame): the rules, and each `rule` and `value` that was tried with its `dice`.
@@ -142,15 +142,11 @@ def choose_rules(segmenter, rows, detected, embeddings):
     return rules, pd.DataFrame(tried)
 
 
-def choose_normal(labels, dice, normal):
+def choose_normal(labels, dice: np.ndarray, normal: np.ndarray) -> float:
     """Return the probability of "normal" above which no lesion is segmented.
 
-    It weighs the Dice of lesion images, `MISS` times, against false alarms on normal images.
-
-    Args:
-        labels: (N,) of the classes.
-        dice: float (N,) of the masks, 0 for a normal image.
-        normal: float (N,), probability of "normal".
+    It weighs the Dice of lesion images, `MISS` times, against false alarms on normal images. All arguments
+    are (N,): the classes, the Dice of the masks, and the probability of "normal".
     """
     truly = np.asarray(labels) == "normal"
     scores = [
@@ -209,9 +205,11 @@ def main(arguments=None):
     results.banner(index, 0, segmenter.device)
     rows, config = data.split(index), detector.Config()
     embeddings = embed_rows(segmenter, rows, options.cache)
-    material = detector.prepare(segmenter, rows, options.cache, config.augmentations, config.size)
+    training_data = detector.prepare(
+        segmenter, rows, options.cache, config.augmentations, config.size
+    )
     for fold in options.folds:
-        built, _, _ = fit(segmenter, material, embeddings, fold, options.cache)
+        built, _, _ = fit(segmenter, training_data, embeddings, fold, options.cache)
         print(f"fold {fold} held out: {built.card['validation']}")
         if fold == options.folds[0]:
             built.save(options.out)
