@@ -45,12 +45,7 @@ USUAL = Ranges(mirror=0, rotate=10, zoom=0.1, gain=0.2, contrast=0.2, blur=0.002
 
 
 def augment(
-    image: np.ndarray,
-    mask: np.ndarray | None,
-    number: int,
-    key: str,
-    seed: int = 0,
-    strength: float = 1.0,
+    image: np.ndarray, mask: np.ndarray | None, number: int, key: str, seed: int = 0, strength: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return one of an image's augmentations, the same for the same arguments.
 

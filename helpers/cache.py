@@ -62,9 +62,7 @@ def key(*parts) -> str:
     """Return 16 hexadecimal digits that name `parts`: anything JSON can hold, bytes and dataclasses."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(
-            part if isinstance(part, bytes) else json.dumps(part, default=_plain).encode()
-        )
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, default=_plain).encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
 

@@ -216,16 +216,12 @@ def load_busbra(root: str | Path) -> pd.DataFrame:
     label = table.Pathology.str.lower()
     odd = sorted(set(label) - {"benign", "malignant"})
     if odd:
-        raise ValueError(
-            f"{root / 'bus_data.csv'}: pathology {odd} is neither benign nor malignant"
-        )
+        raise ValueError(f"{root / 'bus_data.csv'}: pathology {odd} is neither benign nor malignant")
     images, masks = _busbra_folder(root, "Images"), _busbra_folder(root, "Masks")
     names = [(images / f"{name}.png", _busbra_mask(masks, name)) for name in table.ID]
     lost = [str(path.relative_to(root)) for pair in names for path in pair if not path.is_file()]
     if lost:
-        raise FileNotFoundError(
-            f"{root} lacks {len(lost)} files, {_some(lost)}; fetch BUS-BRA again"
-        )
+        raise FileNotFoundError(f"{root} lacks {len(lost)} files, {_some(lost)}; fetch BUS-BRA again")
     more = {column.lower(): table[column] for column in ("BIRADS", "Device") if column in table}
     index = table.rename(columns={"ID": "image_id"}).assign(
         label=label,
@@ -446,9 +442,7 @@ def lesions(index: pd.DataFrame) -> pd.DataFrame:
     return index[index.label != "normal"].reset_index(drop=True)
 
 
-def random_split_leak(
-    index: pd.DataFrame, column="group", test_share=0.2, repeats=200, seed=0
-) -> np.ndarray:
+def random_split_leak(index: pd.DataFrame, column="group", test_share=0.2, repeats=200, seed=0) -> np.ndarray:
     """Share of test images with a near-duplicate in training, under random image-level splits.
 
     Args:

@@ -55,9 +55,7 @@ def _read_dicom(path, frame, file):
         )
     frames = int(dataset.get("NumberOfFrames", None) or 1)
     if frames > 1 and frame is None:
-        raise ValueError(
-            f"{path} holds {frames} frames; choose one of 0 to {frames - 1} with frame=..."
-        )
+        raise ValueError(f"{path} holds {frames} frames; choose one of 0 to {frames - 1} with frame=...")
     if frame is not None and not 0 <= frame < frames:
         raise ValueError(f"{path} has no frame {frame}; it holds {frames}, counted from 0")
     try:
@@ -160,9 +158,7 @@ def open_image(path, pixels=True, file=None):
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file {path}; fetch the data set again") from None
     except (OSError, SyntaxError) as error:  # Pillow's errors for a foreign or a cut-off file
-        raise ValueError(
-            f"{path} is not a whole image ({first_line(error)}); fetch it again"
-        ) from error
+        raise ValueError(f"{path} is not a whole image ({first_line(error)}); fetch it again") from error
     if deep or image.mode.startswith("I") or image.mode == "F":
         raise ValueError(
             f"{path} has more than 8 bits a channel (mode {image.mode}); scale it to 0..255 and save "

@@ -25,9 +25,7 @@ CLASSIFICATION = {  # and the titles of tables
 }
 
 
-def segmentation(
-    predicted: np.ndarray, truth: np.ndarray, surface: bool = True
-) -> dict[str, float]:
+def segmentation(predicted: np.ndarray, truth: np.ndarray, surface: bool = True) -> dict[str, float]:
     """Score one mask against the ground truth.
 
     Args:
@@ -111,10 +109,7 @@ def score(rows: pd.DataFrame, masks: dict, surface: bool = True) -> pd.DataFrame
     missing = [name for name in rows.image_id if name not in masks]
     if missing:
         raise KeyError(f"no prediction for {len(missing)} images: {missing[:5]}; predict them too")
-    scores = [
-        segmentation(masks[row.image_id], data.read_truth(row), surface)
-        for row in rows.itertuples()
-    ]
+    scores = [segmentation(masks[row.image_id], data.read_truth(row), surface) for row in rows.itertuples()]
     columns = rows[["image_id", "label", "group", "source"]]
     return columns.join(pd.DataFrame(scores, index=rows.index))
 
@@ -136,9 +131,7 @@ def detection(rows: pd.DataFrame, masks: dict, overlap: float = 0.5) -> pd.DataF
     """
     lines = []
     for row in rows.itertuples():
-        count, parts = cv2.connectedComponents(
-            data.read_truth(row).astype(np.uint8), connectivity=8
-        )
+        count, parts = cv2.connectedComponents(data.read_truth(row).astype(np.uint8), connectivity=8)
         lesions, found = [parts == part for part in range(1, count)], masks[row.image_id]
         iou = [[(one & mask).sum() / (one | mask).sum() for mask in found] for one in lesions]
         hits = np.reshape(iou, (len(lesions), len(found))) >= overlap
@@ -197,9 +190,7 @@ def _sets(scores):
             yield name, part
 
 
-def summary_table(
-    scores: pd.DataFrame, metrics=("dice", "iou", "hd95", "nsd"), seed=0
-) -> pd.DataFrame:
+def summary_table(scores: pd.DataFrame, metrics=("dice", "iou", "hd95", "nsd"), seed=0) -> pd.DataFrame:
     """Lay `summary` out for reading: one row per set of images, "mean [low, high]" per metric."""
     table = summary(scores, metrics, seed)
     digits = table.metric.map(lambda metric: 1 if metric == "hd95" else 3)
@@ -213,9 +204,7 @@ def summary_table(
     return wide.rename_axis(index=None, columns=None)
 
 
-def bootstrap_interval(
-    values, groups=None, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values, groups=None, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean, resampling groups and not images.
 
     Args:
@@ -369,28 +358,21 @@ def classification(probabilities, labels) -> dict[str, float]:
 
     probabilities, labels = np.asarray(probabilities, dtype=float), np.asarray(labels)
     if probabilities.shape != (len(labels), len(data.LABELS)) or not len(labels):
-        raise ValueError(
-            f"probabilities are {probabilities.shape} for {len(labels)} labels; expected (N, 3)"
-        )
+        raise ValueError(f"probabilities are {probabilities.shape} for {len(labels)} labels; expected (N, 3)")
     if not set(labels) <= set(data.LABELS):
-        raise ValueError(
-            f"labels {sorted(set(labels) - set(data.LABELS))} are none of {data.LABELS}"
-        )
+        raise ValueError(f"labels {sorted(set(labels) - set(data.LABELS))} are none of {data.LABELS}")
     if not (probabilities >= 0).all() or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-4):
         raise ValueError("each row of probabilities must be non-negative and sum to 1")
     truth = np.array([data.LABELS.index(label) for label in labels])
     predicted = probabilities.argmax(axis=1)
     recall = {
-        f"recall_{name}": float((predicted[truth == k] == k).mean())
-        if (truth == k).any()
-        else np.nan
+        f"recall_{name}": float((predicted[truth == k] == k).mean()) if (truth == k).any() else np.nan
         for k, name in enumerate(data.LABELS)
     }
     absent = [name for k, name in enumerate(data.LABELS) if not (truth == k).any()]
     if absent:
         warnings.warn(
-            f"no image is {' or '.join(absent)}: macro AUC and its recall are undefined (NaN)",
-            stacklevel=2,
+            f"no image is {' or '.join(absent)}: macro AUC and its recall are undefined (NaN)", stacklevel=2
         )
         auc = np.nan
     else:
@@ -434,9 +416,7 @@ def class_summary(probabilities, rows: pd.DataFrame, seed=0, resamples=1000) -> 
             drawn.append(classification(probabilities[sample], labels[sample]))
         bounds = pd.DataFrame(drawn).quantile([0.025, 0.975])  # leaves NaN out
     low, high = bounds[list(values)].to_numpy()
-    return pd.DataFrame(
-        {"metric": values.keys(), "mean": values.values(), "low": low, "high": high}
-    )
+    return pd.DataFrame({"metric": values.keys(), "mean": values.values(), "low": low, "high": high})
 
 
 def class_table(probabilities_by_name: dict, rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

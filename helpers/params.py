@@ -54,9 +54,7 @@ def param(name, default):
         ValueError: an `NB_` variable is misspelt, or its text does not fit the type.
     """
     if name not in SETTINGS:
-        raise KeyError(
-            f"unknown setting {name!r}{_suggest(name)}; add it to helpers.params.SETTINGS"
-        )
+        raise KeyError(f"unknown setting {name!r}{_suggest(name)}; add it to helpers.params.SETTINGS")
     for variable in os.environ:
         if not variable.startswith(PREFIX):
             continue

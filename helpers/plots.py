@@ -27,9 +27,7 @@ METRIC_TITLES = {
 }
 
 
-def overlay(
-    image, truth=None, prediction=None, box=None, *, axes=None, colour=PREDICTION
-) -> Figure:
+def overlay(image, truth=None, prediction=None, box=None, *, axes=None, colour=PREDICTION) -> Figure:
     """Draw an image with the outlines of ground truth and prediction, and the box of its prompt.
 
     Args:
@@ -66,13 +64,7 @@ def legend(figure: Figure, *names: str) -> None:
     """Explain outlines below a figure: "truth", "prediction", "box", "released", "fine-tuned"."""
     colours = {"truth": TRUTH, "box": BOX, "released": BEFORE}
     handles = [
-        plt.Line2D(
-            [],
-            [],
-            color=colours.get(name, PREDICTION),
-            ls="--" if name == "box" else "-",
-            label=name,
-        )
+        plt.Line2D([], [], color=colours.get(name, PREDICTION), ls="--" if name == "box" else "-", label=name)
         for name in names
     ]
     if handles:

@@ -84,9 +84,7 @@ def jitter_boxes(rows: pd.DataFrame, boxes: Arrays, pixels: float, seed=0, inwar
     }
 
 
-def jitter_box(
-    box, shape: tuple, pixels: float, key, seed: int = 0, inward: bool = False
-) -> np.ndarray:
+def jitter_box(box, shape: tuple, pixels: float, key, seed: int = 0, inward: bool = False) -> np.ndarray:
     """Move each side of a box by its own random distance, as in a box that is drawn in haste.
 
     Args:
@@ -117,8 +115,7 @@ def _inside(low, high, length):
 def fill_ellipses(rows: pd.DataFrame, boxes: Arrays) -> Arrays:
     """Return a dict from image_id to the box's ellipse: `fill_ellipse` for each row."""
     return {
-        row.image_id: fill_ellipse(boxes[row.image_id], data.image_shape(row))
-        for row in rows.itertuples()
+        row.image_id: fill_ellipse(boxes[row.image_id], data.image_shape(row)) for row in rows.itertuples()
     }
 
 
@@ -159,9 +156,7 @@ def draw_box(image: np.ndarray, box, enabled: bool = True):
     x_min, y_min, x_max, y_max = (float(side) for side in box)
     place = {"x": x_min, "y": y_min, "width": x_max - x_min, "height": y_max - y_min}
     start = [{"label": "lesion", **place}]
-    return BBoxWidget(
-        image_bytes=encoded.getvalue(), classes=["lesion"], bboxes=start, hide_buttons=True
-    )
+    return BBoxWidget(image_bytes=encoded.getvalue(), classes=["lesion"], bboxes=start, hide_buttons=True)
 
 
 def drawn_box(widget, shape: tuple, default) -> np.ndarray:

@@ -44,9 +44,7 @@ def folder(path: str | Path = "") -> Path:
 
 def committed_folder() -> Path:
     """Return the folder of the project's own result files: in the checkout, else where pip put them."""
-    installed = (
-        Path(sysconfig.get_path("data")) / "share" / "breast-ultrasound-notebooks" / "results"
-    )
+    installed = Path(sysconfig.get_path("data")) / "share" / "breast-ultrasound-notebooks" / "results"
     own = folder()
     return own if (own.parent / "pyproject.toml").is_file() else installed
 
@@ -109,9 +107,7 @@ class Recorder:
     path: str | Path = ""
     profile: str = "full"
 
-    def segmentation(
-        self, scores, *, key, title, prompt, seconds=0.0, baseline=None, details=None
-    ) -> Path:
+    def segmentation(self, scores, *, key, title, prompt, seconds=0.0, baseline=None, details=None) -> Path:
         """Write one model's segmentation result.
 
         Args:
@@ -141,9 +137,7 @@ class Recorder:
         per_image = scores.drop(columns="source").round(5).to_dict(orient="list")
         return self._write("segmentation", key, title, prompt, seconds, details, result, per_image)
 
-    def classification(
-        self, probabilities, *, key, title, prompt, seconds=0.0, details=None
-    ) -> Path:
+    def classification(self, probabilities, *, key, title, prompt, seconds=0.0, details=None) -> Path:
         """Write one model's classification result, as `segmentation` does.
 
         Args:
@@ -156,9 +150,7 @@ class Recorder:
         named = pd.DataFrame(probabilities, columns=data.LABELS).astype(float).round(5)
         per_image = self.rows[["image_id", "label", "group"]].to_dict(orient="list")
         per_image |= {"probability": named.to_dict(orient="list")}
-        return self._write(
-            "classification", key, title, prompt, seconds, details, result, per_image
-        )
+        return self._write("classification", key, title, prompt, seconds, details, result, per_image)
 
     @functools.cached_property
     def _data(self):
@@ -240,9 +232,7 @@ def _today():
 def trained(history: pd.DataFrame, config: dict) -> dict:
     """Sum the history of a `fit` up for `details`: its config, the epoch kept and its losses, the time."""
     best = history[history.best].iloc[0]
-    losses = {
-        name: round(float(best[name]), 5) for name in history if name.startswith(("train_", "val_"))
-    }
+    losses = {name: round(float(best[name]), 5) for name in history if name.startswith(("train_", "val_"))}
     return config | {
         "best_epoch": int(best.epoch),
         "kept": {name: value for name, value in losses.items() if value == value},

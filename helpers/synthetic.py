@@ -76,9 +76,7 @@ def make_busi(root: str | Path, images_per_class: int, seed: int = 0) -> Path:
     return root
 
 
-def pretraining_set(
-    images_per_class: int, folder: str | Path = ""
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make synthetic images for a network to be pretrained on before it sees real ones.
 
     Args:

@@ -161,8 +161,7 @@ def folds_table(results: pd.DataFrame, key="pipeline", seed=0, source="BUSI") ->
     if len(folds) == data.N_FOLDS:
         folds.loc["mean"] = folds.mean()
     texts = {
-        title: [_text(value, digits) for value in folds[name]]
-        for title, (name, digits) in columns.items()
+        title: [_text(value, digits) for value in folds[name]] for title, (name, digits) in columns.items()
     }
     return pd.DataFrame({"Test fold": folds.index.astype(str)} | texts)
 
@@ -201,9 +200,7 @@ def conclusion(results: pd.DataFrame, everything: pd.DataFrame) -> str:
         f"{row.score_name} against the grouped one."
         for row in pairs.itertuples()
     ]
-    lines += [
-        f"Missing: {row.missing}; run {row.notebook}." for row in missing(results).itertuples()
-    ]
+    lines += [f"Missing: {row.missing}; run {row.notebook}." for row in missing(results).itertuples()]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -313,9 +310,7 @@ def tuned_table(path="") -> pd.DataFrame:
             seeds = [value for title, value in row.items() if title.startswith("seed ")]
             line["Each seed"] = ", ".join(f"{value:.3f}" for value in seeds)
             low, high = row.get("gain_low"), row.get("gain_high")
-            rows.append(
-                line | {"Gain over the default": _interval(row.get("gain"), low, high, "+.3")}
-            )
+            rows.append(line | {"Gain over the default": _interval(row.get("gain"), low, high, "+.3")})
     return pd.DataFrame(rows)
 
 

@@ -138,9 +138,7 @@ def fit(
     if not isinstance(train_set, Dataset):
         train_set = train_set()
     sign = 1 if greater_is_better or not metric else -1
-    epochs = _Epochs(
-        network, weights, train_set, config, run, validate, metric, sign, report, write_every
-    )
+    epochs = _Epochs(network, weights, train_set, config, run, validate, metric, sign, report, write_every)
     epochs.resume()
     with contextlib.ExitStack() as at_end:
         at_end.callback(random.setstate, random.getstate())
@@ -324,9 +322,7 @@ class _Epochs(TrainerCallback):
             self.written = time.monotonic()
 
     def best_place(self):
-        return int(
-            np.argmax([self.sign * row.get(self.metric, row["epoch"]) for row in self.history])
-        )
+        return int(np.argmax([self.sign * row.get(self.metric, row["epoch"]) for row in self.history]))
 
     def check_finite(self, values, where):
         wrong = {name: value for name, value in values.items() if not np.isfinite(value)}

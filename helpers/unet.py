@@ -318,9 +318,7 @@ def _train(train, val, config, run, folder, report):
         for layer in network.layers:
             if isinstance(layer, layers.Dropout) and layer.rate:  # a backup does not hold its draws
                 layer.seed_generator.state.assign([layer.seed, done * steps])
-        cache.write(
-            log, pd.read_csv(log, nrows=done).to_csv(index=False)
-        )  # it may be an epoch ahead
+        cache.write(log, pd.read_csv(log, nrows=done).to_csv(index=False))  # it may be an epoch ahead
         checkpoint["initial_value_threshold"] = _history(log).val_dice.max()
     else:
         cache.write(log, "")
@@ -362,9 +360,7 @@ def _train(train, val, config, run, folder, report):
                 *([callbacks.SwapEMAWeights()] if config.average else []),
                 callbacks.LambdaCallback(on_epoch_end=end_epoch),
                 logger,
-                callbacks.ModelCheckpoint(
-                    work / "best-{epoch}.weights.h5", "val_dice", **checkpoint
-                ),
+                callbacks.ModelCheckpoint(work / "best-{epoch}.weights.h5", "val_dice", **checkpoint),
                 callbacks.BackupAndRestore(writing, delete_checkpoint=False),
                 bar,
                 callbacks.LambdaCallback(on_epoch_end=keep_epoch),
@@ -414,9 +410,7 @@ def load(path: str | Path) -> keras.Model:
         ValueError: the file is no U-Net of `build`.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path} does not exist; helpers.unet.fit and save write such files"
-        )
+        raise FileNotFoundError(f"{path} does not exist; helpers.unet.fit and save write such files")
     try:
         network = keras.models.load_model(path, compile=False)
     except Exception as error:

@@ -45,9 +45,7 @@ class Bright:
         mask = probability > 0.5
         classes = dict(zip(data.LABELS, (0.2, 0.3, 0.5)))
         box = np.array([[1, 2, 3, 4]], np.float32)
-        return pipeline.Finding(
-            [mask], box, classes, ("benign",), [0.5], probability, probability, ()
-        )
+        return pipeline.Finding([mask], box, classes, ("benign",), [0.5], probability, probability, ())
 
 
 def slow(flag, deaths=1):
@@ -87,9 +85,7 @@ def folder(tmp_path):
     """Ten images and two broken files."""
     (tmp_path / "in" / "more").mkdir(parents=True)
     for number in range(10):
-        (tmp_path / "in" / ("more" if number > 6 else "") / f"{number}.png").write_bytes(
-            picture(number)
-        )
+        (tmp_path / "in" / ("more" if number > 6 else "") / f"{number}.png").write_bytes(picture(number))
     (tmp_path / "in" / "broken.png").write_bytes(b"nothing")
     (tmp_path / "in" / "cut.png").write_bytes(picture(1)[:90])
     (tmp_path / "in" / "notes.txt").write_text("no image")
@@ -203,11 +199,7 @@ def test_kills_of_driver_and_worker_lose_no_image(ray, tmp_path):
         f"bulk.run({str(source)!r}, {str(out)!r}, model, batch=4, workers=1)"
     )
     address = ray.get_runtime_context().gcs_address
-    there = {
-        "RAY_ADDRESS": address,
-        "RAY_AUTH_MODE": "token",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
+    there = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(Path(__file__).parent)}
     with subprocess.Popen(
         [sys.executable, "-c", script],
         env=os.environ | there,
@@ -236,9 +228,7 @@ def test_a_shard_at_which_workers_die_is_named(ray, tmp_path):
     flag.touch()
     table(source, range(36, 48), rows=4)
     model = functools.partial(slow, str(flag), deaths=3)
-    name = (
-        r"part-000000000004.parquet, the row groups 1 to 1 of \S+in.parquet; what is done is kept"
-    )
+    name = r"part-000000000004.parquet, the row groups 1 to 1 of \S+in.parquet; what is done is kept"
     with pytest.raises(RuntimeError, match=rf"stopped \(workers died 3 times\) at {name}"):
         bulk.run(source, out, model, batch=4, workers=1, quiet=True)
     assert names(out) == [f"image {number}" for number in range(36, 40)]
@@ -255,9 +245,7 @@ def test_what_stops_a_worker_is_named(ray, folder, tmp_path):
     ):
         bulk.run(folder, tmp_path / "out", broken, workers=1, quiet=True)
     assert not list((tmp_path / "out").rglob("part-*"))
-    with pytest.raises(
-        RuntimeError, match=r"stopped \(ZeroDivisionError: .*\) while the model was"
-    ):
+    with pytest.raises(RuntimeError, match=r"stopped \(ZeroDivisionError: .*\) while the model was"):
         bulk.run(folder, tmp_path / "no model", no_model, workers=1, quiet=True)
     with pytest.raises(ValueError, match="99 workers need as many cores, Ray has"):
         bulk.run(folder, tmp_path / "other", broken, workers=99, quiet=True)
@@ -286,9 +274,7 @@ def test_a_bucket(alone, folder, tmp_path, monkeypatch):
     """pyarrow's file system in memory stands in for a bucket: it knows no rename either."""
     bucket, own = pa.fs._MockFileSystem(), shards.place
     monkeypatch.setattr(
-        shards,
-        "place",
-        lambda path: (bucket, str(path)[5:]) if str(path).startswith("s3://") else own(path),
+        shards, "place", lambda path: (bucket, str(path)[5:]) if str(path).startswith("s3://") else own(path)
     )
     pa.fs.copy_files(str(folder), "box/in", destination_filesystem=bucket)
     summary = bulk.run("s3://box/in", "s3://box/out", Bright, batch=5, quiet=True)
@@ -413,26 +399,15 @@ def test_sources_that_cannot_be_read_are_named(alone, tmp_path):
 
 def test_a_source_that_a_worker_does_not_see_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{socket.gethostname()} does not see .*elsewhere"):
-        bulk.Worker(
-            shards.place(tmp_path / "elsewhere"), shards.place(tmp_path), Bright, (), ()
-        ).ready()
+        bulk.Worker(shards.place(tmp_path / "elsewhere"), shards.place(tmp_path), Bright, (), ()).ready()
 
 
 def test_shards_are_whole_row_groups_of_one_file(tmp_path):
-    for name, numbers, rows in (
-        ("a", range(11), 3),
-        ("b", range(11, 20), 9),
-        ("c", range(20, 24), 1),
-    ):
+    for name, numbers, rows in (("a", range(11), 3), ("b", range(11, 20), 9), ("c", range(20, 24), 1)):
         table(tmp_path / f"{name}.parquet", numbers, rows)
     found, _ = shards.cut(pa.fs.LocalFileSystem(), str(tmp_path), ("name", "image"), 7)
     cut = [(shard.number, shard.images, Path(shard.path).stem, shard.groups) for shard in found]
-    assert cut == [
-        (0, 6, "a", (0, 1)),
-        (6, 5, "a", (2, 3)),
-        (11, 9, "b", (0,)),
-        (20, 4, "c", (0, 1, 2, 3)),
-    ]
+    assert cut == [(0, 6, "a", (0, 1)), (6, 5, "a", (2, 3)), (11, 9, "b", (0,)), (20, 4, "c", (0, 1, 2, 3))]
 
 
 def test_a_large_row_group_is_never_in_memory_whole(tmp_path):
@@ -501,9 +476,7 @@ def test_a_cluster_that_refuses(unstarted, monkeypatch):
 
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    with pytest.raises(
-        ConnectionError, match=r"did not let this process join \(Version mismatch\)"
-    ):
+    with pytest.raises(ConnectionError, match=r"did not let this process join \(Version mismatch\)"):
         ray_cluster.start()
     monkeypatch.delenv("RAY_ADDRESS")
     with pytest.raises(RuntimeError, match=r"did not start on this machine \(Version mismatch\)"):

@@ -25,11 +25,7 @@ def table_index():
 
 
 def test_table_holds_busi():
-    assert TABLE["class"].value_counts().to_dict() == {
-        "benign": 437,
-        "malignant": 210,
-        "normal": 133,
-    }
+    assert TABLE["class"].value_counts().to_dict() == {"benign": 437, "malignant": 210, "normal": 133}
     assert TABLE.n_masks.sum() == 798
     assert (TABLE.n_masks > 1).sum() == 17
     assert TABLE.group_same_frame.nunique() == 593
@@ -228,9 +224,7 @@ def test_kagglehub_is_asked_last(synthetic_root, monkeypatch):
 
     monkeypatch.delenv("BUSI_DIR", raising=False)
     asked = []
-    monkeypatch.setattr(
-        kagglehub, "dataset_download", lambda handle: asked.append(handle) or synthetic_root
-    )
+    monkeypatch.setattr(kagglehub, "dataset_download", lambda handle: asked.append(handle) or synthetic_root)
     assert data.find_busi() == synthetic_root / data.DATASET_FOLDER
     assert asked == ["aryashah2k/breast-ultrasound-images-dataset/versions/1"]
 
@@ -248,9 +242,7 @@ def offline(monkeypatch):
 
 @pytest.mark.usefixtures("offline")
 def test_no_busi_no_network_names_all_three_ways():
-    with pytest.raises(
-        FileNotFoundError, match=r"root.*\$BUSI_DIR.*kagglehub.*no network.*set BUSI_DIR"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"root.*\$BUSI_DIR.*kagglehub.*no network.*set BUSI_DIR"):
         data.find_busi()
 
 
@@ -374,14 +366,7 @@ def test_read_mask_joins_files(tmp_path):
         part[k * 10 : k * 10 + 2] = 255
         paths.append(tmp_path / f"mask_{k}.png")
         Image.fromarray(part).save(paths[-1])
-    assert np.flatnonzero(data.read_mask(paths, (30, 40)).any(axis=1)).tolist() == [
-        0,
-        1,
-        10,
-        11,
-        20,
-        21,
-    ]
+    assert np.flatnonzero(data.read_mask(paths, (30, 40)).any(axis=1)).tolist() == [0, 1, 10, 11, 20, 21]
     assert not data.read_mask([], (30, 40, 3)).any()
 
 
@@ -508,10 +493,7 @@ def test_importing_helpers_loads_no_framework():
         "import sys, helpers, helpers.data, helpers.prompts, helpers.params; "
         "sys.exit(' '.join(sorted({'torch', 'tensorflow', 'keras', 'monai'} & set(sys.modules))))"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip()
-        == ""
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
 
 
 def test_the_cache_folder_can_be_named(monkeypatch, tmp_path):

@@ -62,17 +62,13 @@ def test_padding_of_the_embedding_is_cut_off(segmenter):
     assert pixels.shape == (32, 32)
     assert (pixels[:, :15] == 0).all()
     assert (pixels[:, 17:] == 255).all()
-    height = round(
-        max(embedding.features.shape[1:]) * embedding.resized[0] / max(embedding.resized)
-    )
+    height = round(max(embedding.features.shape[1:]) * embedding.resized[0] / max(embedding.resized))
     torch.testing.assert_close(
         features.mean((1, 2)), embedding.features[:, :height].mean((1, 2)), rtol=0.05, atol=0.05
     )
 
 
-def test_a_run_is_repeatable_and_read_when_finished(
-    training_data, positions, folder, tmp_path, capsys
-):
+def test_a_run_is_repeatable_and_read_when_finished(training_data, positions, folder, tmp_path, capsys):
     one, history = detector.fit(training_data, positions, folder, **TINY)
     two, same = detector.fit(training_data, positions, folder, **TINY)
     assert "finished before" in capsys.readouterr().out
@@ -88,9 +84,7 @@ def test_a_run_is_repeatable_and_read_when_finished(
         np.testing.assert_array_equal(classes, answers[0][1])
 
 
-def test_synthetic_images_come_first_and_serve_every_split(
-    training_data, positions, tmp_path, capsys
-):
+def test_synthetic_images_come_first_and_serve_every_split(training_data, positions, tmp_path, capsys):
     config = TINY | {"pretrain_images": 8, "pretrain_epochs": 1, "epochs": 1}
     pretrained, _ = detector.fit(training_data, positions, tmp_path, **config)
     assert "synthetic images, then the training images" in capsys.readouterr().out
@@ -143,9 +137,7 @@ def test_training_learns(training_data, positions, tmp_path):
 def test_the_answer_does_not_depend_on_the_batch(training_data, positions, folder):
     found, _ = detector.fit(training_data, positions, folder, **TINY)
     together = detector.predict([found], training_data.pixels[0], training_data.features[0])
-    single = detector.predict(
-        [found], training_data.pixels[0], training_data.features[0], batch_size=1
-    )
+    single = detector.predict([found], training_data.pixels[0], training_data.features[0], batch_size=1)
     for many, one in zip(together, single):
         np.testing.assert_allclose(many, one, atol=1e-5)
     np.testing.assert_allclose(together[1].sum(1), 1, rtol=1e-5)
@@ -161,15 +153,9 @@ def test_the_mirror_image_is_asked_too(training_data, positions, folder):
 
 
 def test_detectors_decide_together(training_data, positions, folder):
-    seeds = [
-        detector.fit(training_data, positions, folder, **TINY | {"seed": seed})[0]
-        for seed in (5, 6)
-    ]
+    seeds = [detector.fit(training_data, positions, folder, **TINY | {"seed": seed})[0] for seed in (5, 6)]
     asked = training_data.pixels[0, :3], training_data.features[0, :3]
-    both, (one, two) = (
-        detector.predict(seeds, *asked),
-        [detector.predict([each], *asked) for each in seeds],
-    )
+    both, (one, two) = (detector.predict(seeds, *asked), [detector.predict([each], *asked) for each in seeds])
     for mean, first, second in zip(both, one, two):
         assert not np.allclose(first, second)
         np.testing.assert_allclose(mean, (first + second) / 2, rtol=1e-5)
@@ -211,9 +197,7 @@ def test_each_step_draws_one_of_the_augmentations(training_data, positions):
     assert drawn == {0, 1}
 
 
-def test_a_stopped_run_resumes_with_the_same_numbers(
-    training_data, positions, tmp_path, monkeypatch
-):
+def test_a_stopped_run_resumes_with_the_same_numbers(training_data, positions, tmp_path, monkeypatch):
     config = TINY | {"epochs": 3}
     whole, history = detector.fit(training_data, positions, tmp_path / "whole", **config)
     fit = training.fit
@@ -223,9 +207,7 @@ def test_a_stopped_run_resumes_with_the_same_numbers(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            training, "fit", lambda *given, **more: fit(*given, **more, write_every=0, report=stop)
-        )
+        patch.setattr(training, "fit", lambda *given, **more: fit(*given, **more, write_every=0, report=stop))
         with pytest.raises(KeyboardInterrupt):
             detector.fit(training_data, positions, tmp_path / "broken", **config)
     torch.manual_seed(7)  # the caller's generator plays no part
@@ -244,24 +226,18 @@ def test_a_stopped_run_resumes_with_the_same_numbers(
         assert torch.equal(value, resumed.state_dict()[name])
 
 
-def test_the_rate_rises_and_falls_once_and_the_last_average_is_kept(
-    training_data, positions, tmp_path
-):
+def test_the_rate_rises_and_falls_once_and_the_last_average_is_kept(training_data, positions, tmp_path):
     found, history = detector.fit(training_data, positions, tmp_path, **TINY | {"epochs": 10})
     rates = history.learning_rate
     assert 1 <= rates.argmax() <= 3
     assert (rates.diff()[1 : rates.argmax() + 1] > 0).all()
     assert (rates.diff()[rates.argmax() + 1 :] < 0).all()
     assert list(history.best) == [False] * 9 + [True]
-    plain, _ = detector.fit(
-        training_data, positions, tmp_path, **TINY | {"epochs": 10, "average": 0.0}
-    )
+    plain, _ = detector.fit(training_data, positions, tmp_path, **TINY | {"epochs": 10, "average": 0.0})
     assert not torch.equal(found.lesion_head.weight, plain.lesion_head.weight)
 
 
-def test_batch_statistics_and_the_first_stages_stay_those_of_imagenet(
-    training_data, positions, folder
-):
+def test_batch_statistics_and_the_first_stages_stay_those_of_imagenet(training_data, positions, folder):
     found, _ = detector.fit(training_data, positions, folder, **TINY)
     start = detector.LesionDetector(training_data.features.shape[2], 64, 8)
     start.start_from_imagenet()
@@ -270,9 +246,7 @@ def test_batch_statistics_and_the_first_stages_stay_those_of_imagenet(
     kept += [name for name in released if name.startswith(("conv_stem", "blocks.0", "blocks.1"))]
     assert len(kept) > 20
     assert all(torch.equal(trained[name], released[name]) for name in kept)
-    assert not torch.equal(
-        trained["blocks.2.0.conv_pw.weight"], released["blocks.2.0.conv_pw.weight"]
-    )
+    assert not torch.equal(trained["blocks.2.0.conv_pw.weight"], released["blocks.2.0.conv_pw.weight"])
 
 
 @pytest.mark.parametrize(
@@ -294,9 +268,7 @@ def test_bad_training_data_are_refused(training_data, positions, rows, tmp_path)
     only = positions[(rows.label.iloc[positions] != "benign").to_numpy()]
     with pytest.raises(ValueError, match=r"these rows lack \['benign'\]"):
         detector.fit(training_data, only, tmp_path, **TINY)
-    with pytest.raises(
-        ValueError, match="2 augmentations of 64 pixels, the config asks for 2 of 96"
-    ):
+    with pytest.raises(ValueError, match="2 augmentations of 64 pixels, the config asks for 2 of 96"):
         detector.fit(training_data, positions, tmp_path, **TINY | {"size": 96})
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         detector.fit(training_data, positions, tmp_path, **TINY | {"learning_rate": 1e30})

@@ -13,9 +13,7 @@ def made(count=300, seed=0):
     features = rng.standard_normal((count, len(diagnosis.FEATURES)))
     features[:, 0] += 1.6 * (truth == data.LABELS.index("benign"))
     features[:, 1] += 1.6 * (truth == data.LABELS.index("malignant"))
-    rows = pd.DataFrame(
-        {"label": [data.LABELS[k] for k in truth], "group": np.arange(count).astype(str)}
-    )
+    rows = pd.DataFrame({"label": [data.LABELS[k] for k in truth], "group": np.arange(count).astype(str)})
     return features * 5 + 3, rows, truth  # of another scale than the regression's own
 
 
@@ -51,9 +49,7 @@ def test_probabilities_of_the_rows_are_of_fits_that_did_not_see_them():
     """Labels that nothing tells of: a fit that had seen them would do better than chance."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((60, len(diagnosis.FEATURES)))
-    rows = pd.DataFrame(
-        {"label": rng.choice(data.LABELS, 60), "group": np.arange(30).repeat(2).astype(str)}
-    )
+    rows = pd.DataFrame({"label": rng.choice(data.LABELS, 60), "group": np.arange(30).repeat(2).astype(str)})
     features[1::2] = features[::2]
     rows.loc[1::2, "label"] = rows.label[::2].to_numpy()
     truth = np.array([data.LABELS.index(label) for label in rows.label])

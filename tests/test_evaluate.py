@@ -20,9 +20,7 @@ def found(masks, probability, prediction_set=("benign",), confidence=None):
     shares = {"normal": 0.1, "benign": 0.7, "malignant": 0.2}
     confidence = [0.9] * len(masks) if confidence is None else confidence
     boxes = np.zeros((len(masks), 4), np.float32)
-    return pipeline.Finding(
-        masks, boxes, shares, prediction_set, confidence, probability, probability, ()
-    )
+    return pipeline.Finding(masks, boxes, shares, prediction_set, confidence, probability, probability, ())
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +64,7 @@ def test_lesions_found_and_false_alarms_are_counted_one_by_one(index):
     assert not (corner & truth).any()
     name = row.image_id.iloc[0]
     nothing = truth.astype(np.float32)
-    for masks, hits, alarms in (
-        ([truth], 1, 0),
-        ([truth, corner], 1, 1),
-        ([corner], 0, 1),
-        ([], 0, 0),
-    ):
+    for masks, hits, alarms in (([truth], 1, 0), ([truth, corner], 1, 1), ([corner], 0, 1), ([], 0, 0)):
         counted = evaluate.detection(row, {name: found(masks, nothing)})
         assert (counted.found[0], counted.false_alarms[0]) == (hits, alarms)
 

@@ -15,9 +15,7 @@ import execute  # noqa: E402
 
 
 def notebook(path, *cells):
-    opening = nbformat.v4.new_markdown_cell(
-        "# 01 · A title\n\n- **Takes** about 1 second on one core."
-    )
+    opening = nbformat.v4.new_markdown_cell("# 01 · A title\n\n- **Takes** about 1 second on one core.")
     made = nbformat.v4.new_notebook(cells=[opening, *map(nbformat.v4.new_code_cell, cells)])
     nbformat.write(made, path)
     return str(path)

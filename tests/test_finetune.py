@@ -95,9 +95,7 @@ def test_by_default_the_mask_decoder_trains_alone(tiny, train, val, tmp_path, an
         (["mask decoder", "prompt encoder"], {"mask_decoder", "prompt_encoder"}),
     ],
 )
-def test_what_trains_is_what_was_chosen(
-    tiny, train, val, tmp_path, any_epoch_is_better, parts, expected
-):
+def test_what_trains_is_what_was_chosen(tiny, train, val, tmp_path, any_epoch_is_better, parts, expected):
     before = weights(tiny)
     tiny.fit(train, val, tmp_path, **FAST, parts=parts)
     names = changed(before, tiny)
@@ -156,9 +154,7 @@ def test_a_lesion_turned_out_of_sight_is_seen_as_it_is(tiny, train, val, tmp_pat
 
 
 @pytest.mark.parametrize("config", [{}, {"average": 0.9, "schedule": "cosine", "jitter": 9}])
-def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(
-    tiny, train, val, tmp_path, monkeypatch, config
-):
+def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(tiny, train, val, tmp_path, monkeypatch, config):
     monkeypatch.setattr(finetune, "WRITE_EVERY", 0)
     unbroken = tiny.fit(train, val, tmp_path / "one", **FAST, **config)
     stopped = sam.load("tiny", device="cpu")
@@ -169,12 +165,7 @@ def test_a_stopped_run_gives_the_numbers_of_an_unbroken_one(
     monkeypatch.undo()
     resumed, epochs = sam.load("tiny", device="cpu"), []
     history = resumed.fit(
-        train,
-        val,
-        tmp_path / "two",
-        lambda past: epochs.append(past[-1]["epoch"]),
-        **FAST,
-        **config,
+        train, val, tmp_path / "two", lambda past: epochs.append(past[-1]["epoch"]), **FAST, **config
     )
     assert epochs == [2, 3]
     pd.testing.assert_frame_equal(numbers(history), numbers(unbroken), check_exact=True)
@@ -196,9 +187,7 @@ def stop_after(monkeypatch, steps):
 
 def test_each_epoch_is_reported(tiny, train, val, tmp_path):
     heard = []
-    history = tiny.fit(
-        train, val, tmp_path, lambda past: heard.append(past[-1]["val_dice"]), **FAST
-    )
+    history = tiny.fit(train, val, tmp_path, lambda past: heard.append(past[-1]["val_dice"]), **FAST)
     assert heard == history.val_dice[1:].tolist()
 
 

@@ -183,9 +183,7 @@ def test_versions_agree():
     assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     pinned = dict(
-        line.split("==")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     )
     assert f"ruff-pre-commit\n    rev: v{pinned['ruff']}\n" in hooks
     assert f"nbstripout\n    rev: {pinned['nbstripout']}\n" in hooks

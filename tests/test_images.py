@@ -130,10 +130,7 @@ def test_doppler_is_warned_of(frame):
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (
-            np.full((90, 90, 3), [200, 90, 40], np.uint8) + np.eye(90, dtype=np.uint8)[..., None],
-            "photo",
-        ),
+        (np.full((90, 90, 3), [200, 90, 40], np.uint8) + np.eye(90, dtype=np.uint8)[..., None], "photo"),
         (np.zeros((90, 90, 3), np.uint8), "every pixel of the image is 0"),
         (np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3), "16 x 16 pixels is too small"),
     ],

@@ -263,15 +263,11 @@ def test_paired_tests_groups_and_not_images():
 
     generator = np.random.default_rng(0)
     dice = generator.uniform(0.5, 0.9, 30)
-    frame = pd.DataFrame(
-        {"image_id": range(30), "label": "benign", "group": range(30), "dice": dice}
-    )
+    frame = pd.DataFrame({"image_id": range(30), "label": "benign", "group": range(30), "dice": dice})
     better = frame.assign(dice=dice + generator.normal(0.02, 0.03, 30))
     once = metrics.paired(better, frame).p_value[0]
     assert once == pytest.approx(wilcoxon(better.dice, frame.dice).pvalue)
-    twice = metrics.paired(
-        *(pd.concat([part, part], ignore_index=True) for part in (better, frame))
-    )
+    twice = metrics.paired(*(pd.concat([part, part], ignore_index=True) for part in (better, frame)))
     assert twice.p_value[0] == pytest.approx(once)  # copies are no new evidence
 
 

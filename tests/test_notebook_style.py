@@ -113,9 +113,7 @@ def test_makes_no_zero_shot_claim(cells):
 
 def test_colab_installs_without_moving_what_is_there(code, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **settings: calls.append((command, settings))
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **settings: calls.append((command, settings)))
     exec(code[0], {})
     assert calls == []  # not on Colab: nothing happens
 
@@ -132,8 +130,6 @@ def test_colab_installs_without_moving_what_is_there(code, monkeypatch):
 def test_readme_lists_every_notebook_with_its_time(path, cells):
     takes = re.search(r"\*\*Takes\*\* about (\d+) minute", cells[0].source)[1]
     row = next(
-        line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if f"notebooks/{path.name}" in line
+        line for line in (ROOT / "README.md").read_text().splitlines() if f"notebooks/{path.name}" in line
     )
     assert f"| {takes} |" in row

@@ -109,9 +109,7 @@ def test_official_names_are_those_of_the_published_parts(lite, released):
 
 
 @pytest.mark.parametrize("wrap", ["plain", "model", "module"])
-def test_an_official_file_gives_the_mask_of_the_transformers_folder(
-    random_sam, tmp_path, image, wrap
-):
+def test_an_official_file_gives_the_mask_of_the_transformers_folder(random_sam, tmp_path, image, wrap):
     folder, path = random_sam
     state = torch.load(path, weights_only=True)
     if wrap == "model":
@@ -136,9 +134,7 @@ def test_an_official_file_gives_the_mask_of_the_transformers_folder(
         ("medsam_start.pth", "sam", "SAM ViT-64 (medsam_start.pth)"),
     ],
 )
-def test_the_name_or_the_caller_says_whether_it_is_medsam(
-    random_sam, tmp_path, name, family, title
-):
+def test_the_name_or_the_caller_says_whether_it_is_medsam(random_sam, tmp_path, name, family, title):
     shutil.copy(random_sam[1], tmp_path / name)
     segmenter = sam.load(tmp_path / name, device="cpu", family=family)
     assert segmenter.title == title
@@ -165,12 +161,8 @@ def test_medsam_follows_the_published_steps(random_sam, tmp_path, image):
     pixels = torch.tensor(small).float().permute(2, 0, 1)[None]
     box = torch.tensor(np.array(BOX) / np.array([140, 90, 140, 90]) * 256).float()
     with torch.no_grad():
-        output = segmenter.model(
-            pixel_values=pixels, input_boxes=box[None, None], multimask_output=False
-        )
-        logits = F.interpolate(
-            output.pred_masks[0], (90, 140), mode="bilinear", align_corners=False
-        )
+        output = segmenter.model(pixel_values=pixels, input_boxes=box[None, None], multimask_output=False)
+        logits = F.interpolate(output.pred_masks[0], (90, 140), mode="bilinear", align_corners=False)
     ours, [resized] = sam.preprocess([image], segmenter.preprocessing)
     assert resized == (256, 256)
     np.testing.assert_allclose(ours, pixels, atol=1e-6)
@@ -223,9 +215,7 @@ def vit_state(decoders, features, layers, heads, whole):
         ("H", 1280, 32, 16, [7, 15, 23, 31]),
     ],
 )
-def test_the_size_is_told_from_the_shapes(
-    released, monkeypatch, size, features, layers, heads, whole
-):
+def test_the_size_is_told_from_the_shapes(released, monkeypatch, size, features, layers, heads, whole):
     state = vit_state(released.state_dict(), features, layers, heads, whole)
     monkeypatch.setattr(torch, "load", lambda *_, **__: state)
     model, preprocessing = networks.from_file("sam.pth")
@@ -307,9 +297,7 @@ def test_processor_and_model_by_hand_give_what_predict_gives(name, random_sam, t
     boxes = [[[20, 15, 100, 70], [5, 5, 60, 50]]]
     truth = np.zeros(image.shape[:2], np.uint8)
     truth[:45] = 1
-    inputs = segmenter.processor(
-        image, segmentation_maps=truth, input_boxes=boxes, return_tensors="pt"
-    )
+    inputs = segmenter.processor(image, segmentation_maps=truth, input_boxes=boxes, return_tensors="pt")
     side, grid = segmenter.preprocessing.input_size, segmenter.grid
     assert inputs["pixel_values"].shape == (1, 3, side, side)
     assert inputs["labels"].shape == (1, grid, grid)

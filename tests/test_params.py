@@ -21,13 +21,7 @@ def test_default_without_override():
 
 @pytest.mark.parametrize(
     ("text", "default", "expected"),
-    [
-        ("3", 1, 3),
-        ("0.5", 1.0, 0.5),
-        ("busi", "auto", "busi"),
-        ("no", True, False),
-        ("1", False, True),
-    ],
+    [("3", 1, 3), ("0.5", 1.0, 0.5), ("busi", "auto", "busi"), ("no", True, False), ("1", False, True)],
 )
 def test_override_has_the_type_of_the_default(monkeypatch, text, default, expected):
     monkeypatch.setenv("NB_LIMIT", text)
@@ -61,9 +55,7 @@ def test_unknown_setting():
 
 
 def test_every_setting_is_read_by_a_notebook():
-    used = {
-        name for path in NOTEBOOKS for name in re.findall(r'param\(\\"(\w+)\\"', path.read_text())
-    }
+    used = {name for path in NOTEBOOKS for name in re.findall(r'param\(\\"(\w+)\\"', path.read_text())}
     assert used == set(SETTINGS)
 
 

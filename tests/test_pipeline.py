@@ -18,18 +18,12 @@ def built():
 
     torch.manual_seed(0)
     segmenter = sam.load("tiny", "cpu")
-    detectors = [
-        detector.LesionDetector(segmenter_channels(segmenter), 64, 8).eval() for _ in range(2)
-    ]
+    detectors = [detector.LesionDetector(segmenter_channels(segmenter), 64, 8).eval() for _ in range(2)]
     rng = np.random.default_rng(0)
     features = len(diagnosis.FEATURES)
     nonconformity = {label: np.sort(rng.random(40)) for label in data.LABELS}
-    classifier = diagnosis.Diagnosis(
-        rng.standard_normal((3, features)) / 9, np.zeros(3), nonconformity
-    )
-    return pipeline.Pipeline(
-        segmenter, detectors, classifier, pipeline.Rules(normal=0.9), {"data": "none"}
-    )
+    classifier = diagnosis.Diagnosis(rng.standard_normal((3, features)) / 9, np.zeros(3), nonconformity)
+    return pipeline.Pipeline(segmenter, detectors, classifier, pipeline.Rules(normal=0.9), {"data": "none"})
 
 
 def segmenter_channels(segmenter):

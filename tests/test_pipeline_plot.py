@@ -91,6 +91,4 @@ def test_no_failure_draws_no_figure(rows, findings, scores):
 def test_degradations_show_every_kind_at_every_level(rows):
     figure = plot.degradations(rows.iloc[0])
     titles = {axes.get_title() for axes in figure.axes}
-    assert titles == {
-        f"{kind}, level {level}" for kind in robustness.KINDS for level in robustness.LEVELS
-    }
+    assert titles == {f"{kind}, level {level}" for kind in robustness.KINDS for level in robustness.LEVELS}

@@ -61,9 +61,7 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
         "training_curves": plots.training_curves(history),
         "pictures": plots.pictures([image, image[..., 0]], ["a", "b"], "Some", rows),
         "batch": plots.batch(np.ones((2, 8, 8, 1)), np.eye(8)[None, ..., None], "A batch", rows),
-        "feature_maps": plots.feature_maps(
-            {"down_1": np.arange(192.0).reshape(8, 8, 3)}, rows.iloc[0]
-        ),
+        "feature_maps": plots.feature_maps({"down_1": np.arange(192.0).reshape(8, 8, 3)}, rows.iloc[0]),
         "solidity": plots.solidity(rows.assign(solidity=0.9)),
         "confusion": plots.confusion({"model": classes}, rows),
         "roc_curves": plots.roc_curves({"model": classes}, rows),
@@ -88,11 +86,7 @@ def test_every_figure_is_drawn_says_synthetic_and_is_closed(figures):
 
 def test_outlines_show_truth_prediction_and_box(rows, masks, boxes, scores):
     figure = plots.outlines(rows, masks, "Outlines", boxes, scores)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "truth",
-        "prediction",
-        "box",
-    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truth", "prediction", "box"]
     first = figure.axes[0]
     assert len(first.collections) == 2
     assert len(first.patches) == 1
@@ -161,10 +155,7 @@ def test_comparison_orders_panels_by_prompt_and_never_mixes_them(rows, scores, t
         results.save(scores, rows, key="m", title="m", prompt=prompt, path=tmp_path)
     figure = plots.comparison(results.load_all(tmp_path))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == [
-        "segmentation, prompt: none",
-        "segmentation, prompt: ground-truth box (from the truth)",
-    ]
+    assert titles == ["segmentation, prompt: none", "segmentation, prompt: ground-truth box (from the truth)"]
 
 
 def test_an_empty_or_full_mask_draws_no_contour(rows, boxes):

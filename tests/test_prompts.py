@@ -30,9 +30,7 @@ def test_empty_mask_has_no_box():
 
 def jittered(pixels, inward=False, n=400):
     box = [100, 110, 200, 190]
-    return np.array(
-        [prompts.jitter_box(box, (300, 400), pixels, k, inward=inward) - box for k in range(n)]
-    )
+    return np.array([prompts.jitter_box(box, (300, 400), pixels, k, inward=inward) - box for k in range(n)])
 
 
 def test_outward_jitter_only_grows_and_uses_its_range():
@@ -61,9 +59,7 @@ def test_jitter_hangs_on_image_and_seed_alone():
 def test_jitter_is_the_same_in_every_process():
     shift = np.random.default_rng([0, zlib.crc32(b"benign (1)")]).uniform(0, 1, 4) * 5
     expected = [10, 10, 20, 20] + shift * [-1, -1, 1, 1]
-    assert prompts.jitter_box([10, 10, 20, 20], (50, 60), 5, "benign (1)") == pytest.approx(
-        expected
-    )
+    assert prompts.jitter_box([10, 10, 20, 20], (50, 60), 5, "benign (1)") == pytest.approx(expected)
 
 
 def test_sides_move_apart_from_each_other():
@@ -127,10 +123,7 @@ def test_drawing_a_box():
     widget = prompts.draw_box(image, [10, 5, 19, 8])
     assert widget.image_bytes.startswith(b"\x89PNG")
     assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [10, 5, 19, 8]
-    widget.bboxes = [
-        *widget.bboxes,
-        {"x": 30, "y": -2, "width": 25, "height": 10, "label": "lesion"},
-    ]
+    widget.bboxes = [*widget.bboxes, {"x": 30, "y": -2, "width": 25, "height": 10, "label": "lesion"}]
     assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [30, 0, 39, 8]
     widget.bboxes = []
     assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [0, 0, 1, 1]

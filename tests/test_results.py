@@ -34,9 +34,7 @@ def test_a_row_says_where_it_comes_from(run, tmp_path):
     assert result["details"] == details  # told, but no part of the name
     assert result["device"].startswith("CPU")
     assert {"python", "torch", "monai"} <= set(result["versions"])
-    assert result["summary"]["lesions"]["dice"]["mean"] == pytest.approx(
-        scores.dice.mean(), abs=1e-5
-    )
+    assert result["summary"]["lesions"]["dice"]["mean"] == pytest.approx(scores.dice.mean(), abs=1e-5)
     assert result["per_image"]["image_id"] == rows.image_id.tolist()
 
 
@@ -72,9 +70,7 @@ def test_unknown_prompt_and_odd_key(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "text", ['{"format": 1, "mod', "{}", '{"format": 0}', '{"format": 3}', "[]"]
-)
+@pytest.mark.parametrize("text", ['{"format": 1, "mod', "{}", '{"format": 0}', '{"format": 3}', "[]"])
 def test_broken_files_are_named(text, run, tmp_path):
     save(run, tmp_path).write_text(text)
     with pytest.raises(ValueError, match="is no whole result file.*run its notebook again"):
@@ -127,9 +123,7 @@ def test_what_a_run_leaves_beside_them_stays_out_of_the_table(run, tmp_path):
 
 def test_no_results_say_what_to_run(run, tmp_path):
     for _ in range(2):  # an empty folder, then one with synthetic results
-        with pytest.raises(
-            ValueError, match="no result file of BUSI, grouped split, fold 0.*make run"
-        ):
+        with pytest.raises(ValueError, match="no result file of BUSI, grouped split, fold 0.*make run"):
             results.select(results.load_all(tmp_path))
         save(run, tmp_path)
 

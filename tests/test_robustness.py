@@ -18,9 +18,7 @@ def test_level_0_is_the_frame_itself_and_more_is_further_away(pair, kind):
     assert same is image
     assert whole is mask
     if kind == "crop":
-        sizes = [
-            robustness.apply(image, mask, kind, level, "a")[1].size for level in robustness.LEVELS
-        ]
+        sizes = [robustness.apply(image, mask, kind, level, "a")[1].size for level in robustness.LEVELS]
         assert sizes == sorted(sizes, reverse=True)
         return
     away = [

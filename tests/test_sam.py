@@ -53,9 +53,7 @@ def test_lite_medsam_agrees_with_the_published_steps_on_busi(lite, released, tmp
     rows = data.lesions(data.load_index()).iloc[::80]
     boxes = prompts.truth_boxes(rows)
     theirs = {
-        row.image_id: reference.probability(
-            released, data.read_image(row.image_path), boxes[row.image_id]
-        )
+        row.image_id: reference.probability(released, data.read_image(row.image_path), boxes[row.image_id])
         > 0.5
         for row in rows.itertuples()
     }
@@ -80,9 +78,7 @@ def small_sam(folder, do_normalize=True):
 
     sam.load("tiny", device="cpu").model.save_pretrained(folder)
     processor = SamImageProcessor(
-        size={"longest_edge": 128},
-        pad_size={"height": 128, "width": 128},
-        do_normalize=do_normalize,
+        size={"longest_edge": 128}, pad_size={"height": 128, "width": 128}, do_normalize=do_normalize
     )
     SamProcessor(processor).save_pretrained(folder)
     return folder
@@ -100,9 +96,7 @@ def test_parity_with_transformers_documented_steps(tmp_path, image, do_normalize
     with torch.no_grad():
         outputs = model(**inputs, multimask_output=False)
     sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
-    theirs = processor.image_processor.post_process_masks(
-        outputs.pred_masks, *sizes, binarize=False
-    )
+    theirs = processor.image_processor.post_process_masks(outputs.pred_masks, *sizes, binarize=False)
     assert np.abs(ours - torch.sigmoid(theirs[0])[0, 0].numpy()).max() < 1e-4
 
 
@@ -136,9 +130,7 @@ def test_preprocessing_of_lite_medsam(image):
     assert pixels[..., :165, :].min() == 0
     assert pixels.max() == 1
     assert not pixels[..., 165:, :].any()
-    flat, _ = sam.preprocess(
-        [np.full((9, 9, 3), 7, dtype=np.uint8)], sam.PREPROCESSING["lite-medsam"]
-    )
+    flat, _ = sam.preprocess([np.full((9, 9, 3), 7, dtype=np.uint8)], sam.PREPROCESSING["lite-medsam"])
     assert not flat.any()  # a flat image is no division by zero
 
 
@@ -147,9 +139,7 @@ def test_preprocessing_of_sam(image, intensity):
     recipe = dataclasses.replace(sam.PREPROCESSING["tiny"], intensity=intensity)
     pixels, [size] = sam.preprocess([np.full_like(image, 255)], recipe)
     assert size == (82, 128)
-    expected = (
-        1 if intensity == "unit" else (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
-    )
+    expected = 1 if intensity == "unit" else (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(pixels[0, :, 40, 60], np.broadcast_to(expected, 3), rtol=1e-5)
 
 
@@ -326,14 +316,10 @@ def test_altered_lite_medsam(monkeypatch, tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(
-        ValueError, match="unknown checkpoint 'lite-medsan' .*did you mean 'lite-medsam'"
-    ):
+    with pytest.raises(ValueError, match="unknown checkpoint 'lite-medsan' .*did you mean 'lite-medsam'"):
         sam.load("lite-medsan")
     for missing in ("weights.pth", "runs/weights.pth", tmp_path / "weights.pth"):
-        with pytest.raises(
-            ValueError, match="unknown checkpoint.*or a folder or .pth file that exists"
-        ):
+        with pytest.raises(ValueError, match="unknown checkpoint.*or a folder or .pth file that exists"):
             sam.load(missing)
 
 
@@ -344,9 +330,7 @@ def test_hub_that_does_not_answer(monkeypatch):
         raise OSError("We couldn't connect to the Hub\nmore lines")
 
     monkeypatch.setattr(SamModel, "from_pretrained", fail)
-    with pytest.raises(
-        FileNotFoundError, match="'facebook/sam-vit-base' could not be had.*give its folder"
-    ):
+    with pytest.raises(FileNotFoundError, match="'facebook/sam-vit-base' could not be had.*give its folder"):
         sam.load("facebook/sam-vit-base")
 
 
@@ -446,9 +430,7 @@ def test_the_default_checkpoint_says_why_it_is_not_the_wanted_one(monkeypatch, c
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     assert sam.default_checkpoint() == "lite-medsam"
     said = capsys.readouterr().out
-    assert (
-        said == "LiteMedSAM takes the place of wanglab/medsam-vit-base: the Hub does not answer\n"
-    )
+    assert said == "LiteMedSAM takes the place of wanglab/medsam-vit-base: the Hub does not answer\n"
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: "config.json")
     assert sam.default_checkpoint() == "wanglab/medsam-vit-base"
     assert capsys.readouterr().out == ""

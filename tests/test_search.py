@@ -249,9 +249,7 @@ search.grid(task, [{"seed": seed} for seed in range(4)], "killed")
 
 
 def test_a_killed_search_resumes_without_what_was_done(task, tmp_path):
-    slow = search.Task(
-        "decoder", task.train, task.val, FAST | {"epochs": 10}, "tiny", folder=tmp_path
-    )
+    slow = search.Task("decoder", task.train, task.val, FAST | {"epochs": 10}, "tiny", folder=tmp_path)
     pd.to_pickle(slow, tmp_path / "task.pkl")
     driver = subprocess.Popen(
         [sys.executable, "-c", SLOW, tmp_path / "task.pkl"],

@@ -12,15 +12,7 @@ from scipy import ndimage
 from helpers import data, synthetic
 
 N = 8
-COLUMNS = [
-    "image",
-    "class",
-    "group_same_frame",
-    "group_extended",
-    "objection",
-    "annotation",
-    "n_masks",
-]
+COLUMNS = ["image", "class", "group_same_frame", "group_extended", "objection", "annotation", "n_masks"]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +45,7 @@ def lesion_images(root, table, label):
 
 
 def files_in(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_layout_is_that_of_busi(root, table):
@@ -227,9 +215,9 @@ def test_speckle_does_not_leak_from_one_side_to_the_other():
 def correlation(values, rows, columns):
     """Return the correlation of an image with itself, moved by rows and columns."""
     height, width = values.shape
-    return np.corrcoef(
-        values[rows:, columns:].ravel(), values[: height - rows, : width - columns].ravel()
-    )[0, 1]
+    return np.corrcoef(values[rows:, columns:].ravel(), values[: height - rows, : width - columns].ravel())[
+        0, 1
+    ]
 
 
 def test_speckle_is_finer_along_the_beam_and_widens_with_depth():
@@ -341,7 +329,5 @@ def test_a_pretraining_set_is_split_and_no_stand_in(synthetic_root, tmp_path):
     assert again.equals(train)
     stand_in = data.load_index(synthetic_root)
     assert data.signature(train.head(2)) != data.signature(stand_in.loc[train.index[:2]])
-    with pytest.raises(
-        ValueError, match=r"pretrain_images is 3; it must be 0 \(none\), or 8 or more"
-    ):
+    with pytest.raises(ValueError, match=r"pretrain_images is 3; it must be 0 \(none\), or 8 or more"):
         synthetic.pretraining_set(3, tmp_path)

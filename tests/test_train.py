@@ -38,8 +38,7 @@ def test_each_image_is_predicted_by_the_detector_that_had_not_seen_it(parts, fit
 
     def watched_predict(detectors, pixels, features):
         where = [
-            next(k for k in range(len(rows)) if (training_data.pixels[0, k] == one).all())
-            for one in pixels
+            next(k for k in range(len(rows)) if (training_data.pixels[0, k] == one).all()) for one in pixels
         ]
         asked.append(set(rows.fold.iloc[where]))
         return predict(detectors, pixels, features)
@@ -119,7 +118,5 @@ def test_the_model_card_states_the_figures_of_the_card(parts, fitted):
     assert card["training_signature"] in text
     assert f"Dice {card['validation']['lesion_dice']:.3f}" in text
     scored = fitted[1].drop_duplicates("group")
-    assert card["validation"]["lesion_dice"] == pytest.approx(
-        data.lesions(scored).dice.mean(), abs=1e-4
-    )
+    assert card["validation"]["lesion_dice"] == pytest.approx(data.lesions(scored).dice.mean(), abs=1e-4)
     assert "{" not in text

@@ -245,9 +245,7 @@ def test_what_is_no_number_stops_and_leaves_the_best_weights(tmp_path, place):
         return {"val_loss": 5 - len(kept)}
 
     where = {"loss": "the loss in epoch 3, step 1", "validation": "the validation after epoch 3"}
-    with pytest.raises(
-        FloatingPointError, match=where[place] + r" is no finite.*lower learning_rate"
-    ):
+    with pytest.raises(FloatingPointError, match=where[place] + r" is no finite.*lower learning_rate"):
         train(tmp_path, network, validate=validate)
     assert not network.training
     assert not (tmp_path / "run" / "history.csv").exists()
@@ -275,9 +273,7 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path):
     plain = dataclasses.replace(CONFIG, epochs=2, batch_size=7, optimizer="sgd")
     train(tmp_path / "a", config=plain, validate=validate, metric="", from_start=True)
     average = dataclasses.replace(plain, average=0.9)
-    network, _ = train(
-        tmp_path / "b", config=average, validate=validate, metric="", from_start=True
-    )
+    network, _ = train(tmp_path / "b", config=average, validate=validate, metric="", from_start=True)
     zero, one, two, *averaged = seen
     expected = [zero, 0.9 * zero + 0.1 * one, 0.81 * zero + 0.09 * one + 0.1 * two]
     torch.testing.assert_close(torch.stack(averaged), torch.stack(expected))
@@ -328,9 +324,7 @@ def test_mixed_precision_and_clipping_change_the_steps(tmp_path):
     losses = [
         train(tmp_path / "a")[1].train_loss.iloc[-1],
         train(tmp_path / "b", mixed=True)[1].train_loss.iloc[-1],
-        train(tmp_path / "c", config=dataclasses.replace(CONFIG, max_grad_norm=1e-3))[
-            1
-        ].train_loss.iloc[-1],
+        train(tmp_path / "c", config=dataclasses.replace(CONFIG, max_grad_norm=1e-3))[1].train_loss.iloc[-1],
     ]
     assert len(set(losses)) == 3
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
@@ -342,9 +336,7 @@ def test_a_folder_without_room_is_named(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(
-            OSError, match=r"checkpoint.pt could not be written.*make room or choose"
-        ):
+        with pytest.raises(OSError, match=r"checkpoint.pt could not be written.*make room or choose"):
             train(tmp_path, write_every=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -77,9 +77,7 @@ def test_batches_are_shuffled_repeatable_and_skippable(rows):
 
 def test_each_pass_takes_every_image_once_in_another_order(rows, monkeypatch):
     monkeypatch.setattr(unet, "pixels", lambda rows, size: (numbered, numbered))
-    numbered = np.arange(len(rows[0]), dtype=np.uint8)[:, None, None, None] * np.ones(
-        (1, 16, 16, 1)
-    )
+    numbered = np.arange(len(rows[0]), dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 1))
     stream = unet.batches(rows[0], unet.Config(size=16, width=2, batch_size=1))
     for _ in range(2):  # a second iterator gives the same again
         order = [int(mask[0, 0, 0, 0]) for _, mask in stream.take(2 * len(rows[0]))]
@@ -112,9 +110,7 @@ def test_augmentation_moves_image_and_mask_alike(monkeypatch):
 
 
 def test_half_of_the_images_are_mirrored(monkeypatch):
-    ramp = np.tile(
-        np.linspace(0, 255, 64).astype(np.uint8)[:, None], (64, 64, 1, 1)
-    )  # rises with x
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8)[:, None], (64, 64, 1, 1))  # rises with x
     images, _ = augmented(ramp, monkeypatch, augment=0.5)
     falling = images[:, 32, 20, 0] > images[:, 32, 44, 0]
     assert 0.25 < falling.mean() < 0.75
@@ -231,9 +227,7 @@ def test_a_network_is_pretrained_first_and_once(rows, tmp_path, capsys, monkeypa
     assert "synthetic images, then the training images" in capsys.readouterr().out
     random = unet.build(unet.Config(**TINY)).get_weights()
     first = TINY | {"epochs": 2, "pretrain_epochs": 2}
-    pretrained = unet.fit(*synthetic.pretraining_set(8, tmp_path), tmp_path, **first)[
-        0
-    ].get_weights()
+    pretrained = unet.fit(*synthetic.pretraining_set(8, tmp_path), tmp_path, **first)[0].get_weights()
     assert "finished before" in capsys.readouterr().out
     assert all(map(np.array_equal, started[0], random))
     assert all(map(np.array_equal, started[1], pretrained))
@@ -313,9 +307,7 @@ def test_prediction_is_a_probability_at_the_images_own_size(rows):
     assert found.shape == image.shape[:2]
     assert found.dtype == np.float32
     assert 0 <= found.min() <= found.max() <= 1
-    np.testing.assert_allclose(
-        unet.predict(network, image[:, ::-1], True)[:, ::-1], found, atol=1e-5
-    )
+    np.testing.assert_allclose(unet.predict(network, image[:, ::-1], True)[:, ::-1], found, atol=1e-5)
     masks = unet.predict_masks(network, rows[1], mirror=True)
     clear = np.abs(found - 0.5) > 1e-5  # a batch rounds otherwise than an image alone
     assert clear.any()
@@ -355,9 +347,7 @@ def test_groups_in_both_sets_are_refused(rows, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(rows, tmp_path):
     wrong = OURS | {"learning_rate": 1e38, "batch_norm": False}
-    with pytest.raises(
-        FloatingPointError, match=r"epoch 1 is \S+; lower learning_rate, or use\s+prec"
-    ):
+    with pytest.raises(FloatingPointError, match=r"epoch 1 is \S+; lower learning_rate, or use\s+prec"):
         unet.fit(*rows, tmp_path, **wrong)
     assert not list(tmp_path.glob("unet/*/training/state-*"))  # nothing to resume from
 
@@ -403,9 +393,7 @@ def test_torch_and_tensorflow_live_in_one_process():
     code = "import {}, torch._dynamo; import tensorflow, monai.losses, transformers; "
     code += "print(float(tensorflow.ones(2)[0] + torch.ones(2)[0].item()))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code.format(order)], **pipes) for order in ORDERS
-    ]
+    running = [subprocess.Popen([sys.executable, "-c", code.format(order)], **pipes) for order in ORDERS]
     for order, process in zip(ORDERS, running):
         said, warned = process.communicate()
         assert (process.returncode, said.strip()) == (0, "2.0"), (order, warned)

@@ -20,9 +20,7 @@ def test_the_network_is_torchvisions_vgg16():
     with torch.device("meta"):
         network = vgg.build()
     convolutions = [layer for layer in network.features if isinstance(layer, torch.nn.Conv2d)]
-    assert [layer.out_channels for layer in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [
-        512
-    ] * 6
+    assert [layer.out_channels for layer in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
     assert sum(weight.numel() for weight in network.parameters()) == 134_272_835
     assert network.classifier[-1].out_features == 3
 
@@ -290,9 +288,7 @@ def test_another_architecture_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         vgg.load(tmp_path / "none.pt")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
-    with pytest.raises(
-        ValueError, match=r"holds no VGG-16 with 3 classes but 2 weights such as \('weight'"
-    ):
+    with pytest.raises(ValueError, match=r"holds no VGG-16 with 3 classes but 2 weights such as \('weight'"):
         vgg.load(tmp_path / "other.pt")
     (tmp_path / "broken.pt").write_bytes(b"no zip")
     with pytest.raises(ValueError, match="can't be read as weights"):
@@ -324,9 +320,7 @@ def test_optimizer_loss_and_strength_change_what_is_learnt(rows, tmp_path):
     heard, losses = [], set()
     for name, value in [("epochs", 2), *change.items()]:
         config = TINY | {name: value}
-        _, history = vgg.fit(
-            *rows, folder=tmp_path, report=lambda past: heard.append(len(past)), **config
-        )
+        _, history = vgg.fit(*rows, folder=tmp_path, report=lambda past: heard.append(len(past)), **config)
         losses.add(history.train_loss.iloc[-1])
     assert len(losses) == 4
     assert heard == [1, 2] * 4

@@ -39,8 +39,7 @@ def run(python, code, **environment):
     done = subprocess.run(
         [str(python), "-c", code],
         cwd=python.parent.parent,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        | environment,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -70,9 +69,7 @@ def test_the_package_and_its_files_arrive(installed):
 
 
 def test_the_installed_package_reads_its_data(installed):
-    libraries = sysconfig.get_path(
-        "purelib"
-    )  # as a folder: the checkout that is installed there stays out
+    libraries = sysconfig.get_path("purelib")  # as a folder: the checkout that is installed there stays out
     code = (
         "import helpers\n"
         "from helpers import data, pipeline, results\n"
@@ -85,6 +82,4 @@ def test_the_installed_package_reads_its_data(installed):
     assert Path(file).is_relative_to(installed.parent.parent)
     assert int(rows) == len(list((ROOT / "results").glob("busi-*.json"))) > 0
     assert int(runs) > 0
-    assert (
-        int(detectors) == len(list((ROOT / "helpers/pipeline/weights").glob("*.safetensors"))) > 0
-    )
+    assert int(detectors) == len(list((ROOT / "helpers/pipeline/weights").glob("*.safetensors"))) > 0

@@ -171,8 +171,7 @@ class Pipeline:
             "weights": self.classifier.weights.tolist(),
             "bias": self.classifier.bias.tolist(),
             "nonconformity": {
-                label: np.round(scores, 5).tolist()
-                for label, scores in self.classifier.nonconformity.items()
+                label: np.round(scores, 5).tolist() for label, scores in self.classifier.nonconformity.items()
             },
             "card": self.card,
         }
@@ -209,8 +208,7 @@ def load(folder: str | Path | None = None, device=None, precision: str = "auto")
     weights, bias = np.array(settings["weights"]), np.array(settings["bias"])
     scores = {label: np.array(part) for label, part in settings["nonconformity"].items()}
     detectors = [
-        detector.load(folder / f"detector-{number}.safetensors")
-        for number in range(settings["detectors"])
+        detector.load(folder / f"detector-{number}.safetensors") for number in range(settings["detectors"])
     ]
     segmenter = sam.load(settings["segmenter"], device, precision)
     classifier, rules = diagnosis.Diagnosis(weights, bias, scores), Rules(**settings["rules"])

@@ -333,9 +333,7 @@ class _Learner(nn.Module):
         lesion_map, classes = (part.float() for part in self.detector(*parts))
         truth, share = F.avg_pool2d(lesions, COARSE), torch.sigmoid(lesion_map)
         overlap, areas = (share * truth).sum(), (share**2).sum() + (truth**2).sum()
-        dice_loss = 1 - (2 * overlap + 1) / (
-            areas + 1
-        )  # over the batch: many images have no lesion
+        dice_loss = 1 - (2 * overlap + 1) / (areas + 1)  # over the batch: many images have no lesion
         map_loss = dice_loss + F.binary_cross_entropy_with_logits(lesion_map, truth)
         loss = map_loss + F.cross_entropy(classes, labels, label_smoothing=self.smoothing)
         return {"loss": loss, "accuracy": (classes.argmax(1) == labels).float().mean()}

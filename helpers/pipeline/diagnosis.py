@@ -161,7 +161,6 @@ def fit(features: np.ndarray, rows: pd.DataFrame) -> tuple[Diagnosis, np.ndarray
     scaler, logistic = classifier[0], classifier[-1]
     weights = logistic.coef_ / scaler.scale_
     nonconformity = {
-        label: np.sort(1 - held_out[truth == column, column])
-        for column, label in enumerate(data.LABELS)
+        label: np.sort(1 - held_out[truth == column, column]) for column, label in enumerate(data.LABELS)
     }
     return Diagnosis(weights, logistic.intercept_ - weights @ scaler.mean_, nonconformity), held_out

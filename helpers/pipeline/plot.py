@@ -16,9 +16,7 @@ def report(image: np.ndarray, finding) -> Figure:
         image: uint8 (H, W, 3) RGB.
         finding: helpers.pipeline.Finding of that image.
     """
-    figure, (cell, bars) = plt.subplots(
-        1, 2, figsize=(9, 4), width_ratios=(3, 1.4), layout="constrained"
-    )
+    figure, (cell, bars) = plt.subplots(1, 2, figsize=(9, 4), width_ratios=(3, 1.4), layout="constrained")
     plots.overlay(image, box=finding.boxes, axes=cell)
     for mask in finding.masks:
         plots.overlay(None, prediction=mask, axes=cell)

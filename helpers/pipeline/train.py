@@ -120,9 +120,7 @@ def choose_rules(segmenter, rows, detected, embeddings):
     """
     rules, tried, known = pipeline.Rules(), [], {}
     truths = {row.image_id: data.read_truth(row) for row in data.lesions(rows).itertuples()}
-    maps = {
-        name: cv2.resize(detected[name][0], truth.shape[::-1]) for name, truth in truths.items()
-    }
+    maps = {name: cv2.resize(detected[name][0], truth.shape[::-1]) for name, truth in truths.items()}
     for rule, values in GRID.items():
         scores = {}
         for value in values:
@@ -131,9 +129,7 @@ def choose_rules(segmenter, rows, detected, embeddings):
                 boxes = pipeline.propose_boxes(maps[name], trial)
                 key = name, boxes.tobytes()
                 if key not in known:
-                    masks, _ = pipeline.segment_boxes(
-                        segmenter, embeddings[name], maps[name], boxes
-                    )
+                    masks, _ = pipeline.segment_boxes(segmenter, embeddings[name], maps[name], boxes)
                     known[key] = _dice(masks, truth)
                 dice.append(known[key])
             scores[value] = float(np.mean(dice))
@@ -150,8 +146,7 @@ def choose_normal(labels, dice: np.ndarray, normal: np.ndarray) -> float:
     """
     truly = np.asarray(labels) == "normal"
     scores = [
-        np.where(truly, normal > level, np.where(normal > level, 0, MISS * dice)).mean()
-        for level in NORMAL
+        np.where(truly, normal > level, np.where(normal > level, 0, MISS * dice)).mean() for level in NORMAL
     ]
     return float(round(NORMAL[int(np.argmax(scores))], 4))
 
@@ -192,9 +187,7 @@ def model_card(built, rows):
 
 def main(arguments=None):
     """Train a pipeline without each fold of BUSI, save the first, and score each on its test fold once."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.pipeline.train", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m helpers.pipeline.train", description=main.__doc__)
     parser.add_argument("--folds", nargs="+", type=int, default=list(range(data.N_FOLDS)))
     parser.add_argument("--out", type=Path, default=pipeline.WEIGHTS, help="folder for the first")
     parser.add_argument("--results", default="", help="folder for result files")
@@ -205,9 +198,7 @@ def main(arguments=None):
     results.banner(index, 0, segmenter.device)
     rows, config = data.split(index), detector.Config()
     embeddings = embed_rows(segmenter, rows, options.cache)
-    training_data = detector.prepare(
-        segmenter, rows, options.cache, config.augmentations, config.size
-    )
+    training_data = detector.prepare(segmenter, rows, options.cache, config.augmentations, config.size)
     for fold in options.folds:
         built, _, _ = fit(segmenter, training_data, embeddings, fold, options.cache)
         print(f"fold {fold} held out: {built.card['validation']}")

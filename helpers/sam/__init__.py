@@ -5,14 +5,7 @@ SAM: A. Kirillov et al., "Segment Anything", ICCV 2023. MedSAM and LiteMedSAM: J
 MedSAM and LiteMedSAM very probably contain BUSI, so their rows say "released weights".
 """
 
-from helpers.sam.preprocess import (
-    PREPROCESSING,
-    Preprocessing,
-    enlarge,
-    input_shape,
-    preprocess,
-    scale_box,
-)
+from helpers.sam.preprocess import PREPROCESSING, Preprocessing, enlarge, input_shape, preprocess, scale_box
 from helpers.sam.segmenter import (
     Embedding,
     Segmenter,

@@ -63,9 +63,7 @@ def embed_rows(
     """
     target = cache.folder(folder) / "embeddings" / encoder_hash(segmenter)
     found, missing, damaged = {}, [], 0
-    progress = tqdm(
-        rows.itertuples(), "embedding", len(rows), unit="image", file=sys.stdout, disable=quiet
-    )
+    progress = tqdm(rows.itertuples(), "embedding", len(rows), unit="image", file=sys.stdout, disable=quiet)
 
     def make():
         names, paths, images = zip(*missing)
@@ -94,10 +92,7 @@ def embed_rows(
 
 def encoder_hash(segmenter: Segmenter) -> str:
     """Return a hash of all that an embedding depends on besides the image."""
-    settings = dataclasses.asdict(segmenter.preprocessing) | {
-        "title": "",
-        "of": segmenter.precision,
-    }
+    settings = dataclasses.asdict(segmenter.preprocessing) | {"title": "", "of": segmenter.precision}
     return cache.key(settings, state_hash(segmenter.model.vision_encoder))
 
 

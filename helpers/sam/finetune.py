@@ -229,9 +229,7 @@ def _made(segmenter, rows, folder, augmentation, config):
 def _target(truth, resized, segmenter):
     """Resize and pad a truth like its image: bool (grid, grid)."""
     grid = segmenter.grid
-    height, width = (
-        max(1, round(side * grid / segmenter.preprocessing.input_size)) for side in resized
-    )
+    height, width = (max(1, round(side * grid / segmenter.preprocessing.input_size)) for side in resized)
     small = cv2.resize(truth.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
     target = np.zeros((grid, grid), dtype=bool)
     target[:height, :width] = small > 0.5
@@ -244,9 +242,7 @@ def _validate(segmenter, decoder, examples, truths):
     found = []
     for place in range(rank, len(truths), world):
         stored = examples.made[0][place][0]
-        example = {
-            name: value[None].to(segmenter.device) for name, value in examples[place].items()
-        }
+        example = {name: value[None].to(segmenter.device) for name, value in examples[place].items()}
         logits = decoder.logits(example["features"], example["box"])
         full = sam.enlarge(logits, stored.image_size, stored.resized, segmenter.preprocessing)
         mask = full[0, 0].cpu().numpy() > 0

@@ -216,11 +216,7 @@ def from_folder(folder):
 
     try:
         settings = json.loads((folder / MARKER).read_text())
-        about = (
-            Preprocessing(**settings["preprocessing"]),
-            settings["checkpoint"],
-            settings["title"],
-        )
+        about = (Preprocessing(**settings["preprocessing"]), settings["checkpoint"], settings["title"])
         encoder, config = settings["network"], settings["config"]
         if encoder not in ("TinyViTEncoder", "SamVisionEncoder"):
             raise ValueError(f"unknown network {encoder!r}")
@@ -272,9 +268,7 @@ def pretrained(source):
             "config.json says model_type 'sam', as SAM's and MedSAM's do"
         )
     # Extra keys do no harm: transformers' own converters left some in published checkpoints.
-    _check_keys(
-        str(source), found["missing_keys"], [], [key for key, *_ in found["mismatched_keys"]]
-    )
+    _check_keys(str(source), found["missing_keys"], [], [key for key, *_ in found["mismatched_keys"]])
     return model
 
 

@@ -29,9 +29,7 @@ PREPROCESSING = {
     "facebook/sam-vit-large": Preprocessing("SAM ViT-L", 1024, "bilinear", "mean-std"),
     "facebook/sam-vit-huge": Preprocessing("SAM ViT-H", 1024, "bilinear", "mean-std"),
     "wanglab/medsam-vit-base": Preprocessing("MedSAM ViT-B", 1024, "bilinear", "mean-std"),
-    "flaviagiammarino/medsam-vit-base": Preprocessing(
-        "MedSAM ViT-B (x/255)", 1024, "bilinear", "unit"
-    ),
+    "flaviagiammarino/medsam-vit-base": Preprocessing("MedSAM ViT-B (x/255)", 1024, "bilinear", "unit"),
     "tiny": Preprocessing("tiny SAM, random weights", 128, "bilinear", "mean-std"),
 }
 

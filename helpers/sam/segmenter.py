@@ -96,9 +96,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu
-    return device.type == "cpu" and (
-        cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-    )
+    return device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
 @dataclasses.dataclass(frozen=True)

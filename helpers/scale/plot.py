@@ -93,9 +93,7 @@ def importance(trials: pd.DataFrame, rows: pd.DataFrame, title: str, seed: int =
     return _finish(axes, (6, 3), rows, title)
 
 
-def parallel_coordinates(
-    trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str
-) -> plt.Figure:
+def parallel_coordinates(trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
     """A line per trial, from its score through its values; the better the darker.
 
     Args:
@@ -114,9 +112,7 @@ def scaling(runs: list[dict]) -> plt.Figure:
         runs: as in `helpers.results.load_scaling`.
     """
     figure, (cost, memory) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for model, colour in zip(
-        dict.fromkeys(run["model"] for run in runs), (plots.PREDICTION, plots.BOX)
-    ):
+    for model, colour in zip(dict.fromkeys(run["model"] for run in runs), (plots.PREDICTION, plots.BOX)):
         part = [run for run in runs if run["model"] == model]
         images, about = [run["images"] for run in part], {"color": colour, "label": model}
         cost.plot(images, [run["ms_per_image"] for run in part], "o", **about)

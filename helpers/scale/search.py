@@ -35,14 +35,7 @@ TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # and nobody asked for TensorBoard
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # what ended more than a second before a kill is not run again
 }
-BLANK: dict[str, Any] = {
-    "setting": {},
-    "score": None,
-    "epoch": 0,
-    "curve": [],
-    "outcome": "",
-    "seconds": 0.0,
-}
+BLANK: dict[str, Any] = {"setting": {}, "score": None, "epoch": 0, "curve": [], "outcome": "", "seconds": 0.0}
 BLANK |= {"device": "", "versions": {}}  # a row of the table
 MEMORY = 2 * 1024**3  # bytes that a trial asks for, so that no more run at once than memory holds
 PRUNED = optuna.trial.TrialState.PRUNED
@@ -95,9 +88,7 @@ def grid(task: Task, settings: list[dict], name: str, **resources) -> pd.DataFra
     return _search(task, name, {"settings": settings}, **resources)
 
 
-def sample(
-    task: Task, space: dict, trials: int, name: str, seed: int = 0, **resources
-) -> pd.DataFrame:
+def sample(task: Task, space: dict, trials: int, name: str, seed: int = 0, **resources) -> pd.DataFrame:
     """Search a space: Optuna proposes settings, ASHA stops those that fall behind.
 
     The first setting is the task's own, as near as the space comes to it, so that a winner is seldom worse.
@@ -253,9 +244,7 @@ def read_test(
             prompt = "ground-truth box" if task.model == "decoder" else "none"
             recorder.segmentation(scores, prompt=prompt, **about)
             score = scores.dice.to_numpy()
-        found = rows[["image_id", "group"]].assign(
-            config=name, seed=seed, score=score.astype(float)
-        )
+        found = rows[["image_id", "group"]].assign(config=name, seed=seed, score=score.astype(float))
         parts.append(found if task.model == "vgg" else found[rows.label != "normal"])
     return pd.concat(parts, ignore_index=True)
 
@@ -283,9 +272,7 @@ def _claim(searches, name, identity):
     folder = (searches / f"{name}-{cache.key(identity)}").absolute()
     there = folder / "search.json"
     if not there.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"{folder} holds something else; choose another name, or delete the folder"
-        )
+        raise ValueError(f"{folder} holds something else; choose another name, or delete the folder")
     cache.write(there, json.dumps(identity, default=dataclasses.asdict, indent=1))
     return folder
 
@@ -340,9 +327,7 @@ def _run(task, folder, plan, cpus, memory, at_once):
         verbose=0,
     )
     listed = {"setting": tune.grid_search(plan["settings"])} if "settings" in plan else None
-    tuner = tune.Tuner(
-        trial, param_space=listed, tune_config=tune.TuneConfig(**about), run_config=config
-    )
+    tuner = tune.Tuner(trial, param_space=listed, tune_config=tune.TuneConfig(**about), run_config=config)
     return tuner.fit()
 
 
@@ -364,9 +349,7 @@ def _strategy(task, plan):
     longest = _largest(task, plan["space"], "epochs")
     return {
         "search_alg": OptunaSearch(space, "score", "max", [first], seed=plan["seed"]),
-        "scheduler": ASHAScheduler(
-            "ended", "score", "max", max_t=longest, grace_period=max(1, longest // 4)
-        ),
+        "scheduler": ASHAScheduler("ended", "score", "max", max_t=longest, grace_period=max(1, longest // 4)),
         "num_samples": plan["trials"],
     }
 

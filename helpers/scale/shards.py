@@ -76,9 +76,7 @@ def cut(system, root, columns, batch) -> tuple[list[Shard], str]:
         raise FileNotFoundError(f"there is no source {root!r}; give a folder or Parquet")
     single = info.type == pa.fs.FileType.File
     found = [info] if single else system.get_file_info(pa.fs.FileSelector(root, recursive=True))
-    found = [
-        each for each in found if each.type == pa.fs.FileType.File and each.base_name[0] != "."
-    ]
+    found = [each for each in found if each.type == pa.fs.FileType.File and each.base_name[0] != "."]
     sizes = {each.path.removeprefix(root).lstrip("/"): each.size for each in found}
     tables = sorted(each.path for each in found if each.path.lower().endswith(".parquet"))
     names = sorted(name for name in sizes if name.lower().endswith(SUFFIXES))
@@ -145,9 +143,7 @@ def _check_one(system, path, columns):
             )
         hashes = [_hash(part) for part in _names(system, path, columns[0])]
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is no whole Parquet file ({first_line(error)}); write it again"
-        ) from error
+        raise ValueError(f"{path} is no whole Parquet file ({first_line(error)}); write it again") from error
     rows = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
     return rows, np.concatenate([np.zeros(0, "u8"), *hashes])
 

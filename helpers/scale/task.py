@@ -58,11 +58,7 @@ class Range:
     def distribution(self):
         """The same for Optuna."""
         whole = isinstance(self.low, int) and isinstance(self.high, int)
-        kind = (
-            optuna.distributions.IntDistribution
-            if whole
-            else optuna.distributions.FloatDistribution
-        )
+        kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
         return kind(self.low, self.high, log=self.log)
 
 

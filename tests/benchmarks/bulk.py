@@ -73,9 +73,7 @@ class StandIn:
         mask = probability > np.quantile(probability, 0.9)
         classes = dict(zip(data.LABELS, (0.2, 0.3, 0.5)))
         box = np.array([[10, 10, 40, 40]], np.float32)
-        return pipeline.Finding(
-            [mask], box, classes, ("benign",), [0.5], probability, probability, ()
-        )
+        return pipeline.Finding([mask], box, classes, ("benign",), [0.5], probability, probability, ())
 
 
 MODELS = {"stand-in": StandIn, "pipeline": None}
@@ -85,9 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="*", default=[10**3, 10**4, 10**5])
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument(
-        "--real", type=int, default=1000, help="images for the pipeline; 0 for none"
-    )
+    parser.add_argument("--real", type=int, default=1000, help="images for the pipeline; 0 for none")
     parser.add_argument("--parts", type=int, default=39_000, help="shards of one image; 0 for none")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

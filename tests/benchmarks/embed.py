@@ -97,9 +97,7 @@ def agreement(segmenter, rows, count):
         size = sum(path.stat().st_size for path in Path(cache).rglob("*.safetensors"))
     network = reference.lite_medsam()
     published = {
-        row.image_id: reference.probability(
-            network, data.read_image(row.image_path), boxes[row.image_id]
-        )
+        row.image_id: reference.probability(network, data.read_image(row.image_path), boxes[row.image_id])
         > 0.5
         for row in tqdm(rows.itertuples(), total=len(rows), desc="checking", unit="image")
     }

@@ -30,9 +30,7 @@ RATIO, GROWTH = 1.3, 1.05
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=12, help="lesion images to report on")
-    parser.add_argument(
-        "--files", type=int, default=10_000, help="files of folder mode; 0 for none"
-    )
+    parser.add_argument("--files", type=int, default=10_000, help="files of folder mode; 0 for none")
     options = parser.parse_args()
     matplotlib.use("Agg")
     held = [ratio(options.images) <= RATIO]
