@@ -124,7 +124,7 @@ def _scaled(width):
 
 def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Tint the pixels of a mask: uint8 (H, W, 3) RGB and bool (H, W) to uint8 (H, W, 3)."""
-    return np.where(mask[..., None], image // 2 + np.uint8([127, 20, 20]), image)
+    return np.where(mask[..., None], image // 2 + np.array(TINT, np.uint8), image)
 
 
 def pictures(rows: pd.DataFrame, size: int, masks: dict | None = None) -> np.ndarray:
@@ -175,7 +175,11 @@ def fit(
     known = {"float32": False, "bfloat16": True}
     mixed = known.get(settings.precision, multiplies_bfloat16(device))
     laid_over = [masks[name] for name in (*train.image_id, *val.image_id)] if masks else []
-    of_data = data.signature(train), data.signature(val), b"".join(map(np.packbits, laid_over))
+    of_data = (
+        data.signature(train),
+        data.signature(val),
+        b"".join(np.packbits(mask).tobytes() for mask in laid_over),
+    )
     same = dataclasses.asdict(settings) | {"precision": mixed}
     run = cache.run("vgg", VERSION, same, device.type, *of_data, path=folder)
     network = build(width=settings.width, seed=settings.seed, activation=settings.activation)
@@ -193,9 +197,18 @@ def fit(
         right = (logits.argmax(1) == val_labels).float().mean()
         return {"val_loss": F.cross_entropy(logits, val_labels), "val_accuracy": right}
 
-    options = {"validate": validate, "metric": "val_loss", "greater_is_better": False}
-    options |= {"mixed": mixed, "report": report, "write_every": WRITE_EVERY}
-    history = training.fit(learner, train_set, settings, run, **options)
+    history = training.fit(
+        learner,
+        train_set,
+        settings,
+        run,
+        validate=validate,
+        metric="val_loss",
+        greater_is_better=False,
+        mixed=mixed,
+        report=report,
+        write_every=WRITE_EVERY,
+    )
     return network, history.assign(source=train.source.iloc[0])
 
 
