@@ -6,6 +6,7 @@ Lessons use the core:
 | --- | --- |
 | `params` | `param(name, default)`: a notebook setting, overridden by `NB_<NAME>`; limits of configs |
 | `data` | find BUSI and BUS-BRA, index them, read ground truth, the grouped split |
+| `devices` | what the hardware can do: bfloat16, memory |
 | `images` | read an image, PNG, JPEG or DICOM, and say what makes it unfit |
 | `synthetic` | simulated images in BUSI's own layout |
 | `augment` | augmentation of an image with its mask: flip, rotation, zoom, gain |

@@ -23,14 +23,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from helpers import cache
+from helpers import cache, synthetic
 from helpers.images import drop_specks, first_line, open_image, read_image, read_mask
+from helpers.synthetic import DATASET_FOLDER
 
 LABELS = ("normal", "benign", "malignant")
 KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
-DATASET_FOLDER = "Dataset_BUSI_with_GT"
 N_FOLDS = 5
-SYNTHETIC_MARKER = "synthetic.json"  # helpers.synthetic writes it; its presence names the source
+LEAST_PRETRAINING = 8  # images per class, so that there are five folds
+PRETRAINING_SEED = 11
 COLUMNS = ["image_id", "label", "image_path", "mask_paths", "group", "objection", "annotation"]
 COLUMNS += ["same_frame", "source"]
 
@@ -108,7 +109,7 @@ def load_index(root: str | Path | None = None) -> pd.DataFrame:
 
 def _group_table(folder):
     """Return (source, table) for the dataset folder: a synthetic set brings its own table."""
-    if (folder.parent / SYNTHETIC_MARKER).is_file():
+    if (folder.parent / synthetic.MARKER).is_file():
         return "synthetic", pd.read_csv(folder.parent / "busi_groups.csv", keep_default_na=False)
     with (resources.files("helpers") / "busi_groups.csv").open() as lines:
         return "BUSI", pd.read_csv(lines, keep_default_na=False)
@@ -179,12 +180,33 @@ def load_dataset(choice: str = "auto", synthetic_images: int = 40) -> pd.DataFra
         else:
             print(f"Data: BUSI in {folder}")
             return load_index(folder)
-    from helpers import synthetic
-
     folder = cache.folder() / f"synthetic-v{synthetic.VERSION}-{synthetic_images}"
     index = load_index(synthetic.make_busi(folder, synthetic_images))
     print(f"Data: SYNTHETIC images, not patients ({reason})")
     return index
+
+
+def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Make synthetic images for a network to be pretrained on before it sees real ones.
+
+    Args:
+        images_per_class: `LEAST_PRETRAINING` or more.
+        folder: to keep them in; "" is `helpers.cache.folder()`.
+
+    Returns:
+        (train, val): rows of an index, of other images than those that stand in for BUSI.
+
+    Raises:
+        ValueError: fewer images than can be split.
+    """
+    if images_per_class < LEAST_PRETRAINING:
+        raise ValueError(
+            f"pretrain_images is {images_per_class}; it must be 0 (none), or {LEAST_PRETRAINING} or more"
+        )
+    name = f"synthetic-v{synthetic.VERSION}-{images_per_class}-pretraining"
+    root = synthetic.make_busi(cache.folder(folder) / name, images_per_class, PRETRAINING_SEED)
+    rows = split(load_index(root))
+    return rows[rows.subset != "val"], scored(rows, "val")
 
 
 def load_busbra(root: str | Path) -> pd.DataFrame:

@@ -24,13 +24,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers import cache, data
-from helpers.data import DATASET_FOLDER, SYNTHETIC_MARKER
-
 CLASSES = ("benign", "malignant", "normal")
 VERSION = 1
-LEAST_PRETRAINING = 8  # images per class, so that there are five folds
-PRETRAINING_SEED = 11
+DATASET_FOLDER = "Dataset_BUSI_with_GT"
+MARKER = "synthetic.json"  # its presence names the source
 AXIAL_SIGMA = 1.3  # px, width of the point-spread function along the beam
 LATERAL_SIGMA = (1.8, 4.2)  # px, across the beam: at the transducer and at the bottom
 LOOKS = 3  # frames of independent speckle that the scanner averages
@@ -76,34 +73,11 @@ def make_busi(root: str | Path, images_per_class: int, seed: int = 0) -> Path:
     return root
 
 
-def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Make synthetic images for a network to be pretrained on before it sees real ones.
-
-    Args:
-        images_per_class: `LEAST_PRETRAINING` or more.
-        folder: to keep them in; "" is `helpers.cache.folder()`.
-
-    Returns:
-        (train, val): rows of an index, of other images than those that stand in for BUSI.
-
-    Raises:
-        ValueError: fewer images than can be split.
-    """
-    if images_per_class < LEAST_PRETRAINING:
-        raise ValueError(
-            f"pretrain_images is {images_per_class}; it must be 0 (none), or {LEAST_PRETRAINING} or more"
-        )
-    name = f"synthetic-v{VERSION}-{images_per_class}-pretraining"
-    root = make_busi(cache.folder(folder) / name, images_per_class, PRETRAINING_SEED)
-    split = data.split(data.load_index(root))
-    return split[split.subset != "val"], data.scored(split, "val")
-
-
 def _is_finished(root, marker):
     """Tell this very set (True) from an absent or empty folder (False); else FileExistsError."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
-    path = root / SYNTHETIC_MARKER
+    path = root / MARKER
     found = path.read_text() if path.is_file() else "no synthetic set"
     if found == json.dumps(marker):
         return True
@@ -120,7 +94,7 @@ def _build(folder, marker):
         for number in range(1, marker["images_per_class"] + 1):
             rows.append(_write_image(target, label, number, marker["seed"]))
     pd.DataFrame(rows).to_csv(folder / "busi_groups.csv", index=False)
-    (folder / SYNTHETIC_MARKER).write_text(json.dumps(marker))
+    (folder / MARKER).write_text(json.dumps(marker))
 
 
 def _write_image(folder, label, number, seed):

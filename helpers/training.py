@@ -33,8 +33,8 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from helpers import cache
+from helpers.devices import memory_advice
 from helpers.params import check, limited
-from helpers.sam import memory_advice
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,

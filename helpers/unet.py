@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from helpers import cache, data, synthetic
+from helpers import cache, data
 from helpers.params import check, limited
 from helpers.quiet import quiet_stderr
 
@@ -87,7 +87,7 @@ class Config:
     loss: str = limited("mse", options=tuple(LOSSES))
     # strength of flip, rotation, zoom, shift, contrast, brightness and gamma: 1 is usual, 0 none
     augment: float = limited(0.0, at_least=0, below=4)
-    # synthetic images per class (`helpers.synthetic.pretraining_set`) to train on first, in a run of its own
+    # synthetic images per class (`helpers.data.pretraining_set`) to train on first, in a run of its own
     pretrain_images: int = limited(0, at_least=0)
     pretrain_epochs: int = limited(8, at_least=1)
     epochs: int = limited(50, at_least=1)  # passes over the training images
@@ -176,7 +176,7 @@ def default_width() -> int:
 
 def _policy(precision):
     if precision == "auto":
-        from helpers.sam import multiplies_bfloat16
+        from helpers.devices import multiplies_bfloat16
 
         native = multiplies_bfloat16(torch.device(device()))
         precision = "bfloat16" if native else "float16" if _GPUS else "float32"
@@ -383,7 +383,7 @@ def _train(train, val, config, run, folder, report):
 
 def _pretrain(config, folder):
     """Train on synthetic images first; the run is kept and serves every split of the real ones."""
-    train, val = synthetic.pretraining_set(config.pretrain_images, folder)
+    train, val = data.pretraining_set(config.pretrain_images, folder)
     first = {"pretrain_images": 0, "epochs": config.pretrain_epochs}
     print(f"first {len(train)} synthetic images, then the training images")
     return fit(train, val, folder, **dataclasses.asdict(config) | first)[0]

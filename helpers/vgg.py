@@ -17,13 +17,14 @@ from torch import nn
 from torchvision.models import VGG, VGG16_Weights, vgg16
 from torchvision.models.vgg import cfgs, make_layers
 
-from helpers import augment, cache, data, synthetic, training
+from helpers import augment, cache, data, training
+from helpers.devices import multiplies_bfloat16
 from helpers.params import limited
-from helpers.sam import multiplies_bfloat16
 
 VERSION = 3  # raise it with every change that gives other numbers: older runs are then not resumed
 WRITE_EVERY = 300  # seconds between two checkpoints, which take 2 GB each
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in 0..1
+TINT = (127, 20, 20)  # half of the RGB that a mask is laid over with
 RATES = {"imagenet": 2e-5, "synthetic": 1e-4, "scratch": 1e-4}  # learning rates, by the start
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "leaky_relu": nn.LeakyReLU}
 WIDTH = 64
@@ -71,7 +72,7 @@ class Config(training.Config):
 
 
 def default_weights() -> str:
-    """Return "imagenet" where torchvision's weights can be had, else "synthetic", and say which."""
+    """Return "imagenet" where torchvision's weights come, otherwise "synthetic", and say which."""
     try:
         VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, no room, a broken download
@@ -215,7 +216,7 @@ def fit(
 def _pretrained(config, folder):
     if config.weights == "imagenet":
         return build(True, seed=config.seed, activation=config.activation)
-    train, val = synthetic.pretraining_set(config.pretrain_images, folder)
+    train, val = data.pretraining_set(config.pretrain_images, folder)
     shape = {name: getattr(config, name) for name in ("size", "width", "activation", "precision")}
     print(f"first {len(train)} synthetic images, then the training images")
     # By the default config, so that one run serves every config and seed on the real images.

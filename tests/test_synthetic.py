@@ -322,12 +322,12 @@ def test_another_set_is_an_error(root, change):
 
 
 def test_a_pretraining_set_is_split_and_no_stand_in(synthetic_root, tmp_path):
-    train, val = synthetic.pretraining_set(8, tmp_path)
+    train, val = data.pretraining_set(8, tmp_path)
     data.check_apart(train, val)
     data.check_classes(train)
-    again, _ = synthetic.pretraining_set(8, tmp_path)
+    again, _ = data.pretraining_set(8, tmp_path)
     assert again.equals(train)
     stand_in = data.load_index(synthetic_root)
     assert data.signature(train.head(2)) != data.signature(stand_in.loc[train.index[:2]])
     with pytest.raises(ValueError, match=r"pretrain_images is 3; it must be 0 \(none\), or 8 or more"):
-        synthetic.pretraining_set(3, tmp_path)
+        data.pretraining_set(3, tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import data, synthetic, unet
+from helpers import data, unet
 from helpers.quiet import quiet_stderr
 
 keras = unet.keras  # helpers.unet sees to it that TensorFlow comes quietly
@@ -227,7 +227,7 @@ def test_a_network_is_pretrained_first_and_once(rows, tmp_path, capsys, monkeypa
     assert "synthetic images, then the training images" in capsys.readouterr().out
     random = unet.build(unet.Config(**TINY)).get_weights()
     first = TINY | {"epochs": 2, "pretrain_epochs": 2}
-    pretrained = unet.fit(*synthetic.pretraining_set(8, tmp_path), tmp_path, **first)[0].get_weights()
+    pretrained = unet.fit(*data.pretraining_set(8, tmp_path), tmp_path, **first)[0].get_weights()
     assert "finished before" in capsys.readouterr().out
     assert all(map(np.array_equal, started[0], random))
     assert all(map(np.array_equal, started[1], pretrained))

@@ -273,7 +273,7 @@ def _pretrain(channels, folder, bfloat16, config):
     config = dataclasses.replace(config, epochs=epochs, pretrain_images=0, augmentations=1)
 
     def train_set(_):
-        rows, _ = synthetic.pretraining_set(count, folder)
+        rows, _ = data.pretraining_set(count, folder)
         print(f"first {len(rows)} synthetic images, then the training images")
         nothing = torch.zeros((), dtype=torch.float16)
         features = nothing.expand(1, len(rows), channels, *2 * [config.size // GRID])

@@ -6,15 +6,7 @@ MedSAM and LiteMedSAM very probably contain BUSI, so their rows say "released we
 """
 
 from helpers.sam.preprocess import PREPROCESSING, Preprocessing, enlarge, input_shape, preprocess, scale_box
-from helpers.sam.segmenter import (
-    Embedding,
-    Segmenter,
-    check_image,
-    default_checkpoint,
-    load,
-    memory_advice,
-    multiplies_bfloat16,
-)
+from helpers.sam.segmenter import Embedding, Segmenter, check_image, default_checkpoint, fit_in_process, load
 
 __all__ = [
     "PREPROCESSING",
@@ -25,9 +17,8 @@ __all__ = [
     "default_checkpoint",
     "enlarge",
     "input_shape",
+    "fit_in_process",
     "load",
-    "memory_advice",
-    "multiplies_bfloat16",
     "preprocess",
     "scale_box",
 ]

@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from helpers import augment, cache, data
-from helpers.sam import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class StoredEmbedding:
 
 
 def embed_rows(
-    segmenter: Segmenter,
+    segmenter,
     rows: pd.DataFrame,
     folder: str | Path = "",
     augmentation: int = 0,
@@ -90,7 +89,7 @@ def embed_rows(
     return found
 
 
-def encoder_hash(segmenter: Segmenter) -> str:
+def encoder_hash(segmenter) -> str:
     """Return a hash of all that an embedding depends on besides the image."""
     settings = dataclasses.asdict(segmenter.preprocessing) | {"title": "", "of": segmenter.precision}
     return cache.key(settings, state_hash(segmenter.model.vision_encoder))

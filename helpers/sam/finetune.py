@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import PartialState
 from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss
 from monai.metrics import compute_dice
 
-from helpers import augment, cache, data, metrics, prompts, sam, training
+from helpers import augment, cache, data, metrics, prompts, training
 from helpers.params import limited
 from helpers.sam import embeddings
+from helpers.sam.preprocess import enlarge, scale_box
 
 VERSION = 2  # raise it with every change that gives other numbers: older runs are then not read
 WRITE_EVERY = 10  # seconds between two checkpoints: short epochs do not each write one
@@ -137,16 +137,6 @@ def fit(segmenter, train, val, folder="", report=None, **config) -> pd.DataFrame
     return history.assign(source=train.source.iloc[0])
 
 
-def fit_in_process(checkpoint, precision, train, val, folder="", config=None) -> None:
-    """Load and fit in one of several processes: for `accelerate.notebook_launcher`.
-
-    The processes share each batch. Nothing is returned, for they end; call `Segmenter.fit` with the
-    same arguments afterwards, which reads the finished run.
-    """
-    segmenter = sam.load(checkpoint, PartialState().device, precision)
-    segmenter.fit(train, val, folder, **(config or {}))
-
-
 class _Decoder(torch.nn.Module):
     """What trains of a segmenter: embedding and box to the loss."""
 
@@ -200,7 +190,7 @@ class _Examples(torch.utils.data.Dataset):
             box = prompts.jitter_box(box, stored.image_size, jitter, key, seed)
         return {
             "features": stored.features.float(),
-            "box": sam.scale_box(box, stored.image_size, stored.resized),
+            "box": scale_box(box, stored.image_size, stored.resized),
             "target": torch.from_numpy(target)[None].float(),
         }
 
@@ -244,7 +234,7 @@ def _validate(segmenter, decoder, examples, truths):
         stored = examples.made[0][place][0]
         example = {name: value[None].to(segmenter.device) for name, value in examples[place].items()}
         logits = decoder.logits(example["features"], example["box"])
-        full = sam.enlarge(logits, stored.image_size, stored.resized, segmenter.preprocessing)
+        full = enlarge(logits, stored.image_size, stored.resized, segmenter.preprocessing)
         mask = full[0, 0].cpu().numpy() > 0
         dice = metrics.segmentation(mask, truths[place], surface=False)["dice"]
         losses = decoder.losses(logits, example["target"])

@@ -1,6 +1,5 @@
 """The class behind which every promptable network stands: load, embed, predict, fine-tune, save."""
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from helpers.devices import memory_advice, multiplies_bfloat16
 from helpers.sam import networks
 from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
 
@@ -91,12 +91,15 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
     return Segmenter(model, preprocessing, name, device, title, precision)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a torch device multiplies in bfloat16 natively, so that it is faster."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu
-    return device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+def fit_in_process(checkpoint, precision, train, val, folder="", config=None) -> None:
+    """Load and fit in one of several processes: for `accelerate.notebook_launcher`.
+
+    The processes share each batch. Nothing is returned, for they end; call `Segmenter.fit` with the
+    same arguments afterwards, which reads the finished run.
+    """
+    from accelerate import PartialState
+
+    load(checkpoint, PartialState().device, precision).fit(train, val, folder, **(config or {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,20 +277,6 @@ def _swap(new, folder):
         os.replace(old, folder)
         raise
     shutil.rmtree(old)
-
-
-@contextlib.contextmanager
-def memory_advice(setting: str, value: int):
-    """Name the setting to lower where the memory runs out."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
-            raise
-        smaller = f"lower {setting} (now {value})" if value > 1 else "take a smaller checkpoint"
-        raise MemoryError(
-            f"out of memory: {smaller}, or load the segmenter with precision='bfloat16'"
-        ) from error
 
 
 def check_image(image):

@@ -1,0 +1,27 @@
+"""What the hardware can do: bfloat16, and how much fits into its memory."""
+
+import contextlib
+
+import torch
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a torch device multiplies in bfloat16 natively, so that it is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu
+    return device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+@contextlib.contextmanager
+def memory_advice(setting: str, value: int):
+    """Name the setting to lower where the memory runs out: MemoryError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        smaller = f"lower {setting} (now {value})" if value > 1 else "take a smaller checkpoint"
+        raise MemoryError(
+            f"out of memory: {smaller}, or load the segmenter with precision='bfloat16'"
+        ) from error
