@@ -51,10 +51,10 @@ ORDER += ("test_finetune", "test_execute", "test_", "06")
 # Besides the notebooks, `make test-fast` leaves out Ray, kernels, other processes and long trainings: these
 # files, and tests with such words in their names.
 SLOW_FILES = ("test_search", "test_bulk", "test_execute", "test_wheel")
-SLOW_FILES += ("test_train", "test_detector")
+SLOW_FILES += ("test_train", "test_detector", "test_finetune", "test_training")
 SLOW_NAMES = re.compile(
-    "stopped_run|finished_run|learns|learnt|processes_share|processes_build|one_process|half_precision"
-    "|bfloat16|killed|published_steps|torch_backend|changes_the_numbers|epoch|no_number|each_fold"
+    "stopped_run|finished_run|learns|learnt|processes_build|one_process|half_precision|bfloat16"
+    "|published_steps|released|by_hand|torch_backend|epoch|no_number|each_fold"
 )
 
 
