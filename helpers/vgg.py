@@ -124,7 +124,7 @@ def _scaled(width):
 
 def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Tint the pixels of a mask: uint8 (H, W, 3) RGB and bool (H, W) to uint8 (H, W, 3)."""
-    return np.where(mask[..., None], image // 2 + np.uint8([127, 20, 20]), image)
+    return np.where(mask[..., None], image // 2 + np.array([127, 20, 20], np.uint8), image)
 
 
 def pictures(rows: pd.DataFrame, size: int, masks: dict | None = None) -> np.ndarray:
@@ -174,13 +174,14 @@ def fit(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = {"float32": False, "bfloat16": True}
     mixed = known.get(settings.precision, multiplies_bfloat16(device))
-    laid_over = [masks[name] for name in (*train.image_id, *val.image_id)] if masks else []
-    of_data = data.signature(train), data.signature(val), b"".join(map(np.packbits, laid_over))
+    names = (*train.image_id, *val.image_id) if masks else ()
+    of_data = [data.signature(rows) for rows in (train, val)]
+    of_data += [np.packbits(masks[name]).tobytes() for name in names]
     same = dataclasses.asdict(settings) | {"precision": mixed}
     run = cache.run("vgg", VERSION, same, device.type, *of_data, path=folder)
     network = build(width=settings.width, seed=settings.seed, activation=settings.activation)
     labels, val_labels = (torch.tensor(x.label.map(data.LABELS.index).values) for x in (train, val))
-    learner = _Learner(network, settings.loss, labels).to(device, memory_format=torch.channels_last)
+    learner = _Learner(network, settings.loss, labels).to(memory_format=torch.channels_last)
     val_pictures = functools.cache(lambda: pictures(val, settings.size, masks))
 
     def train_set():
@@ -193,9 +194,9 @@ def fit(
         right = (logits.argmax(1) == val_labels).float().mean()
         return {"val_loss": F.cross_entropy(logits, val_labels), "val_accuracy": right}
 
-    options = {"validate": validate, "metric": "val_loss", "greater_is_better": False}
+    options: dict = {"validate": validate, "metric": "val_loss", "greater_is_better": False}
     options |= {"mixed": mixed, "report": report, "write_every": WRITE_EVERY}
-    history = training.fit(learner, train_set, settings, run, **options)
+    history = training.fit(learner.to(device), train_set, settings, run, **options)
     return network, history.assign(source=train.source.iloc[0])
 
 
