@@ -175,17 +175,14 @@ def fit(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = {"float32": False, "bfloat16": True}
     mixed = known.get(settings.precision, multiplies_bfloat16(device))
-    laid_over = [masks[name] for name in (*train.image_id, *val.image_id)] if masks else []
-    of_data = (
-        data.signature(train),
-        data.signature(val),
-        b"".join(np.packbits(mask).tobytes() for mask in laid_over),
-    )
+    names = (*train.image_id, *val.image_id) if masks else ()
+    of_data = [data.signature(rows) for rows in (train, val)]
+    of_data += [np.packbits(masks[name]).tobytes() for name in names]
     same = dataclasses.asdict(settings) | {"precision": mixed}
     run = cache.run("vgg", VERSION, same, device.type, *of_data, path=folder)
     network = build(width=settings.width, seed=settings.seed, activation=settings.activation)
     labels, val_labels = (torch.tensor(x.label.map(data.LABELS.index).values) for x in (train, val))
-    learner = _Learner(network, settings.loss, labels).to(device, memory_format=torch.channels_last)
+    learner = _Learner(network, settings.loss, labels).to(memory_format=torch.channels_last)
     val_pictures = functools.cache(lambda: pictures(val, settings.size, masks))
 
     def train_set():
@@ -198,18 +195,9 @@ def fit(
         right = (logits.argmax(1) == val_labels).float().mean()
         return {"val_loss": F.cross_entropy(logits, val_labels), "val_accuracy": right}
 
-    history = training.fit(
-        learner,
-        train_set,
-        settings,
-        run,
-        validate=validate,
-        metric="val_loss",
-        greater_is_better=False,
-        mixed=mixed,
-        report=report,
-        write_every=WRITE_EVERY,
-    )
+    options: dict = {"validate": validate, "metric": "val_loss", "greater_is_better": False}
+    options |= {"mixed": mixed, "report": report, "write_every": WRITE_EVERY}
+    history = training.fit(learner.to(device), train_set, settings, run, **options)
     return network, history.assign(source=train.source.iloc[0])
 
 
