@@ -176,7 +176,7 @@ def fit(
     known = {"float32": False, "bfloat16": True}
     mixed = known.get(settings.precision, multiplies_bfloat16(device))
     names = (*train.image_id, *val.image_id) if masks else ()
-    of_data = [data.signature(rows) for rows in (train, val)]
+    of_data: list = [data.signature(rows) for rows in (train, val)]
     of_data += [np.packbits(masks[name]).tobytes() for name in names]
     same = dataclasses.asdict(settings) | {"precision": mixed}
     run = cache.run("vgg", VERSION, same, device.type, *of_data, path=folder)

@@ -76,11 +76,11 @@ class LesionDetector(nn.Module):
         self.encoder = timm.create_model(
             BACKBONE, features_only=True, in_chans=1, out_indices=(1, 2, 3), drop_path_rate=0.1
         )
-        self.encoder.blocks = self.encoder.blocks[:KEPT]  # type: ignore[index]
+        self.encoder.blocks = self.encoder.blocks[:KEPT]
         self.embedding_adapter = nn.Sequential(
             nn.Dropout2d(dropout / 2), nn.Conv2d(channels, 64, 1), nn.GroupNorm(8, 64), nn.SiLU()
         )
-        channels_at = self.encoder.feature_info.channels()[::-1]  # type: ignore  # at 1/16, 1/8, 1/4
+        channels_at = self.encoder.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4
         extra, widths = [0, 64, 0], [depth, 64, 32]
         self.bottleneck = nn.Sequential(
             _conv_block(channels_at[0] + 64, depth), _ResidualBlock(depth), nn.Dropout2d(dropout)
