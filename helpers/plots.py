@@ -379,7 +379,8 @@ def pictures(images, captions, title: str, rows, columns=6, maps=None) -> Figure
     `maps`, float (H, W) in 0..1, are laid over them, such as Grad-CAM's: from nothing over red to yellow.
     """
     figure, cells = grid(len(images), columns)
-    for cell, image, caption, heat in zip(cells, images, captions, maps or [None] * len(images)):
+    maps = [None] * len(images) if maps is None else maps
+    for cell, image, caption, heat in zip(cells, images, captions, maps):
         cell.imshow(image, cmap="grey")
         if heat is not None:
             cell.imshow(heat, cmap="autumn", alpha=0.6 * heat, vmin=0, vmax=1)
