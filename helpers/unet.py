@@ -304,13 +304,13 @@ def _train(train, val, config, run, folder, report):
     folder becomes `state-<epochs done>` in one step: a kill at any moment leaves a whole state.
     """
     steps, work = max(1, len(train) // config.batch_size), run.folder / "training"
-    log, writing = work / "log.csv", work / "writing"
+    log, writing, best = work / "log.csv", work / "writing", work / "best-{epoch}.weights.h5"
     done = max((int(path.name.removeprefix("state-")) for path in work.glob("state-*")), default=0)
     network = build(config)
     if config.pretrain_images and not done:
         network.set_weights(_pretrain(config, folder).get_weights())
     compile_network(network, config, config.epochs * steps)
-    checkpoint = {"mode": "max", "save_best_only": True, "save_weights_only": True}
+    checkpoint = {"monitor": "val_dice", "mode": "max", "save_best_only": True}
     if done:
         backup = callbacks.BackupAndRestore(work / f"state-{done}")
         backup.set_model(network)
@@ -360,7 +360,7 @@ def _train(train, val, config, run, folder, report):
                 *([callbacks.SwapEMAWeights()] if config.average else []),
                 callbacks.LambdaCallback(on_epoch_end=end_epoch),
                 logger,
-                callbacks.ModelCheckpoint(work / "best-{epoch}.weights.h5", "val_dice", **checkpoint),
+                callbacks.ModelCheckpoint(best, save_weights_only=True, **checkpoint),
                 callbacks.BackupAndRestore(writing, delete_checkpoint=False),
                 bar,
                 callbacks.LambdaCallback(on_epoch_end=keep_epoch),
