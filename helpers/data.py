@@ -35,7 +35,7 @@ COLUMNS = ["image_id", "label", "image_path", "mask_paths", "group", "objection"
 COLUMNS += ["same_frame", "source"]
 
 
-def find_busi(root=None):
+def find_busi(root: str | Path | None = None) -> Path:
     """Return the folder that holds `benign/`, `malignant/` and `normal/`.
 
     Looks at `root`, else at `$BUSI_DIR`, else asks kagglehub (its cache, then a download). A folder that
@@ -77,7 +77,7 @@ def _dataset_folder(root, source):
     )
 
 
-def load_index(root=None):
+def load_index(root: str | Path | None = None) -> pd.DataFrame:
     """Index BUSI, or a synthetic set in BUSI's layout.
 
     Args:
@@ -156,7 +156,7 @@ def _some(names):
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def load_dataset(choice="auto", synthetic_images=40):
+def load_dataset(choice: str = "auto", synthetic_images: int = 40) -> pd.DataFrame:
     """Index the data set of a notebook, and print which one it is: BUSI, or synthetic images and why.
 
     Args:
@@ -187,7 +187,7 @@ def load_dataset(choice="auto", synthetic_images=40):
     return index
 
 
-def load_busbra(root):
+def load_busbra(root: str | Path) -> pd.DataFrame:
     """Index BUS-BRA in its published layout, as an external test set.
 
     Args:
@@ -240,7 +240,7 @@ def load_busbra(root):
     return index[COLUMNS].assign(**more)
 
 
-def external(split, limit=0):
+def external(split: pd.DataFrame, limit: int = 0) -> pd.DataFrame:
     """Return the rows of an external test: BUS-BRA's, or (it says so) the test fold's without $BUSBRA_DIR.
 
     The column `split` says "external", so that no table ranks them beside results of the test fold.
@@ -271,12 +271,12 @@ def _busbra_mask(folder, name):
     return published if published.is_file() else folder / f"{name}.png"
 
 
-def image_shape(row):
+def image_shape(row) -> tuple[int, int]:
     """Return (H, W) of the image of one row of an index; reads only the file's header."""
     return open_image(row.image_path, pixels=False).size[::-1]
 
 
-def read_truth(row):
+def read_truth(row) -> np.ndarray:
     """Read the truth of one row of an index, at its image's own size; kept in memory for the next call.
 
     Returns:
@@ -303,7 +303,7 @@ def _packed_truth(stamps):
     return shape, np.packbits(drop_specks(read_mask([path for path, _ in masks], shape)))
 
 
-def measure(index):
+def measure(index: pd.DataFrame) -> pd.DataFrame:
     """Add `width`, `height` (pixels) and `area_share` (lesion area over image area) to an index."""
     truths = [read_truth(row) for row in index.itertuples()]
     return index.assign(
@@ -313,19 +313,19 @@ def measure(index):
     )
 
 
-def related(index, column="same_frame"):
+def related(index: pd.DataFrame, column: str = "same_frame") -> pd.DataFrame:
     """Return the rows that share `column` ("same_frame" or "group") with another row, in groups."""
     shared = index[index.duplicated(column, keep=False)]
     return shared.sort_values(column, key=lambda names: pd.factorize(names)[0], kind="stable")
 
 
-def conflicting(index):
+def conflicting(index: pd.DataFrame) -> pd.DataFrame:
     """Return the rows whose frame lies in two class folders, in groups."""
     labels = index.groupby("same_frame").label.transform("nunique")
     return related(index[labels > 1])
 
 
-def assign_folds(index, seed=0):
+def assign_folds(index: pd.DataFrame, seed: int = 0) -> pd.Series:
     """Assign the groups to five folds, stratified by label.
 
     Args:
@@ -351,7 +351,7 @@ def assign_folds(index, seed=0):
     return fold
 
 
-def split(index, fold=0, seed=0, grouped=True):
+def split(index: pd.DataFrame, fold: int = 0, seed: int = 0, grouped: bool = True) -> pd.DataFrame:
     """Split by group: fold `fold` is test, the next is validation, three train.
 
     The images whose frame lies in two class folders (objection `multiclass`) are dropped.
@@ -385,7 +385,7 @@ def split(index, fold=0, seed=0, grouped=True):
     return kept
 
 
-def check_apart(train, val):
+def check_apart(train: pd.DataFrame, val: pd.DataFrame) -> None:
     """Raise ValueError where a group lies in both sets of rows."""
     shared = set(train.group) & set(val.group)
     if shared:
@@ -395,7 +395,7 @@ def check_apart(train, val):
         )
 
 
-def check_classes(rows):
+def check_classes(rows: pd.DataFrame) -> None:
     """Raise ValueError where one of `LABELS` has no row, or a row another label."""
     labels = set(rows.label)
     lacking, foreign = [name for name in LABELS if name not in labels], sorted(labels - set(LABELS))
@@ -406,7 +406,7 @@ def check_classes(rows):
         )
 
 
-def scored(index, subset="test", limit=0):
+def scored(index: pd.DataFrame, subset: str = "test", limit: int = 0) -> pd.DataFrame:
     """Return the images that a score counts: the first of each group of a subset, by name and number.
 
     Args:
@@ -435,18 +435,20 @@ def _natural(names):
     return names.str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True)
 
 
-def leak(split):
+def leak(split: pd.DataFrame) -> float:
     """Return the share of test images of a split whose group also lies in another subset."""
     test = split.subset == "test"
     return split.group[test].isin(split.group[~test]).mean()
 
 
-def lesions(index):
+def lesions(index: pd.DataFrame) -> pd.DataFrame:
     """Return the rows that show a lesion: benign and malignant."""
     return index[index.label != "normal"].reset_index(drop=True)
 
 
-def random_split_leak(index, column="group", test_share=0.2, repeats=200, seed=0):
+def random_split_leak(
+    index: pd.DataFrame, column="group", test_share=0.2, repeats=200, seed=0
+) -> np.ndarray:
     """Share of test images with a near-duplicate in training, under random image-level splits.
 
     Args:
@@ -465,7 +467,7 @@ def random_split_leak(index, column="group", test_share=0.2, repeats=200, seed=0
     return np.array([np.isin(order[:n_test], order[n_test:]).mean() for order in orders])
 
 
-def signature(rows):
+def signature(rows: pd.DataFrame) -> str:
     """Return a hash of the pixels, masks and names of `rows`, the same however files are stored."""
     digest = hashlib.sha256()
     for row in rows.itertuples():

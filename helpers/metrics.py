@@ -25,7 +25,9 @@ CLASSIFICATION = {  # and the titles of tables
 }
 
 
-def segmentation(predicted, truth, surface=True):
+def segmentation(
+    predicted: np.ndarray, truth: np.ndarray, surface: bool = True
+) -> dict[str, float]:
     """Score one mask against the ground truth.
 
     Args:
@@ -91,7 +93,7 @@ def _batch(mask):
     return torch.tensor(mask, dtype=torch.float32)[None, None]
 
 
-def score(rows, masks, surface=True):
+def score(rows: pd.DataFrame, masks: dict, surface: bool = True) -> pd.DataFrame:
     """Score predicted masks image by image, each at its image's own size.
 
     Args:
@@ -117,7 +119,7 @@ def score(rows, masks, surface=True):
     return columns.join(pd.DataFrame(scores, index=rows.index))
 
 
-def detection(rows, masks, overlap=0.5):
+def detection(rows: pd.DataFrame, masks: dict, overlap: float = 0.5) -> pd.DataFrame:
     """Count lesions found and alarms, lesion by lesion.
 
     A lesion, which is a connected part of the truth, is found where a predicted part has at least
@@ -146,7 +148,7 @@ def detection(rows, masks, overlap=0.5):
     return pd.DataFrame(lines)
 
 
-def detection_summary(found):
+def detection_summary(found: pd.DataFrame) -> dict[str, float]:
     """Sum `detection` up, as means over lesions and over images.
 
     Returns:
@@ -163,7 +165,7 @@ def detection_summary(found):
     return summed
 
 
-def summary(scores, metrics=SEGMENTATION, seed=0):
+def summary(scores: pd.DataFrame, metrics=SEGMENTATION, seed: int = 0) -> pd.DataFrame:
     """Summarise per-image scores: the mean of each metric with its 95 % interval.
 
     Args:
@@ -195,7 +197,9 @@ def _sets(scores):
             yield name, part
 
 
-def summary_table(scores, metrics=("dice", "iou", "hd95", "nsd"), seed=0):
+def summary_table(
+    scores: pd.DataFrame, metrics=("dice", "iou", "hd95", "nsd"), seed=0
+) -> pd.DataFrame:
     """Lay `summary` out for reading: one row per set of images, "mean [low, high]" per metric."""
     table = summary(scores, metrics, seed)
     digits = table.metric.map(lambda metric: 1 if metric == "hd95" else 3)
@@ -209,7 +213,9 @@ def summary_table(scores, metrics=("dice", "iou", "hd95", "nsd"), seed=0):
     return wide.rename_axis(index=None, columns=None)
 
 
-def bootstrap_interval(values, groups=None, level=0.95, seed=0):
+def bootstrap_interval(
+    values, groups=None, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean, resampling groups and not images.
 
     Args:
@@ -249,7 +255,7 @@ def bootstrap_interval(values, groups=None, level=0.95, seed=0):
     return float(interval.low), float(interval.high)
 
 
-def paired(after, before, metric="dice", seed=0):
+def paired(after: pd.DataFrame, before: pd.DataFrame, metric="dice", seed: int = 0) -> pd.DataFrame:
     """Compare two models image by image.
 
     Args:
@@ -286,7 +292,7 @@ def paired(after, before, metric="dice", seed=0):
     return pd.DataFrame(lines)
 
 
-def compare(scores, baseline, level=0.95):
+def compare(scores: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataFrame:
     """Compare configs over seeds and images.
 
     Args:
@@ -318,7 +324,7 @@ def compare(scores, baseline, level=0.95):
 
 def jitter_curve(
     rows, boxes, predict, name, pixels=(0, 5, 10, 15, 20, 25, 30), seed=0, inward=False
-):
+) -> pd.DataFrame:
     """Mean Dice against the size of the box error.
 
     Args:
@@ -342,7 +348,7 @@ def jitter_curve(
     return pd.DataFrame(points).assign(name=name, source=rows.source.iloc[0])
 
 
-def classification(probabilities, labels):
+def classification(probabilities, labels) -> dict[str, float]:
     """Score class probabilities.
 
     Args:
@@ -402,7 +408,7 @@ def classification(probabilities, labels):
     }
 
 
-def class_summary(probabilities, rows, seed=0, resamples=1000):
+def class_summary(probabilities, rows: pd.DataFrame, seed=0, resamples=1000) -> pd.DataFrame:
     """Score class probabilities, with 95 % percentile bootstrap intervals over groups.
 
     Args:
@@ -433,7 +439,7 @@ def class_summary(probabilities, rows, seed=0, resamples=1000):
     )
 
 
-def class_table(probabilities_by_name, rows, seed=0):
+def class_table(probabilities_by_name: dict, rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Lay `class_summary` out for reading: one row per model, "value [low, high]" per metric.
 
     Args:
@@ -453,7 +459,7 @@ def class_table(probabilities_by_name, rows, seed=0):
     return pd.DataFrame(lines).T
 
 
-def majority(train, rows):
+def majority(train: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
     """Return float (N, 3) for N rows: the class frequencies in training, the baseline of a classifier."""
     shares = train.label.value_counts(normalize=True).reindex(data.LABELS, fill_value=0)
     return np.tile(shares.to_numpy(), (len(rows), 1))

@@ -7,6 +7,7 @@ readers tell apart. A function returns its figure, which is closed, so that a no
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from helpers import data
 from helpers.images import drop_specks
@@ -26,7 +27,9 @@ METRIC_TITLES = {
 }
 
 
-def overlay(image, truth=None, prediction=None, box=None, *, axes=None, colour=PREDICTION):
+def overlay(
+    image, truth=None, prediction=None, box=None, *, axes=None, colour=PREDICTION
+) -> Figure:
     """Draw an image with the outlines of ground truth and prediction, and the box of its prompt.
 
     Args:
@@ -40,7 +43,7 @@ def overlay(image, truth=None, prediction=None, box=None, *, axes=None, colour=P
     Returns:
         The figure, with a legend where it is its own.
     """
-    cell = axes or plt.subplots(figsize=(5, 4.4), layout="constrained")[1]
+    figure, cell = (axes.figure, axes) if axes else _axes(5, 4.4)
     cell.set_axis_off()
     if image is not None:
         cell.imshow(image, cmap="grey")
@@ -52,14 +55,14 @@ def overlay(image, truth=None, prediction=None, box=None, *, axes=None, colour=P
         corner, sides = (x_min - 0.5, y_min - 0.5), (x_max - x_min + 1, y_max - y_min + 1)
         style = {"edgecolor": BOX, "linestyle": "--", "linewidth": 1.4}
         cell.add_patch(plt.Rectangle(corner, *sides, fill=False, **style))
-    if axes:
-        return axes.figure
-    drawn = {"truth": truth, "prediction": prediction, "box": box}
-    legend(cell.figure, *(name for name, part in drawn.items() if part is not None))
-    return finish(cell.figure, None, "")
+    if axes is None:
+        drawn = {"truth": truth, "prediction": prediction, "box": box}
+        legend(figure, *(name for name, part in drawn.items() if part is not None))
+        finish(figure, None, "")
+    return figure
 
 
-def legend(figure, *names):
+def legend(figure: Figure, *names: str) -> None:
     """Explain outlines below a figure: "truth", "prediction", "box", "released", "fine-tuned"."""
     colours = {"truth": TRUTH, "box": BOX, "released": BEFORE}
     handles = [
@@ -76,17 +79,17 @@ def legend(figure, *names):
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
 
 
-def finish(figure, rows, title):
+def finish(figure: Figure, rows, title: str) -> Figure:
     """Title a figure and close it; synthetic images are named. `rows` is None where none were shown."""
     source = "" if rows is None else rows.source
     source = source if isinstance(source, str) else source.iloc[0]
     title = f"{title} (synthetic images)" if source == "synthetic" else title
-    figure.suptitle(title or None, fontsize=12)
+    figure.suptitle(title, fontsize=12)
     plt.close(figure)  # the notebook shows what the cell returns; an open figure would show twice
     return figure
 
 
-def grid(count, columns):
+def grid(count: int, columns: int) -> tuple[Figure, np.ndarray]:
     """Return a figure with at least `count` axes without frames, `columns` side by side."""
     rows = -(-count // columns)
     size = (2.8 * columns, 2.6 * rows + 0.6)
@@ -109,7 +112,7 @@ def _panels(count, width, height, **settings):
 # The data
 
 
-def label_counts(index):
+def label_counts(index: pd.DataFrame) -> Figure:
     """Bars: images per label, and how many are left once groups count once."""
     counts = index.groupby("label").agg(images=("image_id", "size"), groups=("group", "nunique"))
     figure, axes = _axes()
@@ -122,7 +125,7 @@ def label_counts(index):
     return finish(figure, index, "Images and groups per label")
 
 
-def image_sizes(index):
+def image_sizes(index: pd.DataFrame) -> Figure:
     """Scatter: width against height of every image, by label."""
     figure, axes = _axes(5.2, 4.2)
     for label, part in index.groupby("label"):
@@ -143,7 +146,7 @@ def _lesion_histograms(axes, values, labels, bins):
     axes.legend(frameon=False, title="dashed: median")
 
 
-def lesion_areas(index):
+def lesion_areas(index: pd.DataFrame) -> Figure:
     """Histograms: the share of the image that lesions cover, by label."""
     figure, axes = _axes()
     _lesion_histograms(axes, 100 * index.area_share, index.label, np.geomspace(0.1, 100, 37))
@@ -152,7 +155,7 @@ def lesion_areas(index):
     return finish(figure, index, "Lesion areas")
 
 
-def solidity(measured):
+def solidity(measured: pd.DataFrame) -> Figure:
     """Histograms of the column `solidity` of rows of an index, by label."""
     figure, axes = _axes()
     bins = np.linspace(min(0.6, measured.solidity.min()), 1, 31)
@@ -161,7 +164,7 @@ def solidity(measured):
     return finish(figure, measured, "One number of the ground-truth mask")
 
 
-def gallery(rows, title, captions=None, columns=4):
+def gallery(rows: pd.DataFrame, title: str, captions=None, columns=4) -> Figure:
     """Images of the rows of an index with the outline of their truth, captioned by id or `captions`."""
     figure, cells = grid(len(rows), columns)
     for cell, row, caption in zip(cells, rows.itertuples(), captions or rows.image_id):
@@ -170,7 +173,7 @@ def gallery(rows, title, captions=None, columns=4):
     return finish(figure, rows, title)
 
 
-def groups_side_by_side(rows, title, column="same_frame"):
+def groups_side_by_side(rows: pd.DataFrame, title: str, column="same_frame") -> Figure:
     """Whole groups of images, "same_frame" or "group", one per line, captions in the label's colour."""
     if rows.empty:
         raise ValueError(f"no images to show for {title!r}")
@@ -184,7 +187,7 @@ def groups_side_by_side(rows, title, column="same_frame"):
     return finish(figure, rows, title)
 
 
-def annotation_counts(index):
+def annotation_counts(index: pd.DataFrame) -> Figure:
     """Bars: how many images of each label carry each kind of burned-in mark."""
     kinds = index.annotation.str.get_dummies("&").drop(columns="", errors="ignore")
     kinds = kinds.groupby(index.label).sum().reindex(data.LABELS)
@@ -195,7 +198,7 @@ def annotation_counts(index):
     return finish(figure, index, "What is burned into the images")
 
 
-def leak_histogram(index, shares_by_name):
+def leak_histogram(index: pd.DataFrame, shares_by_name: dict) -> Figure:
     """Histograms: the share of test images with a near-duplicate in training, over random splits.
 
     `shares_by_name` is a dict from a legend text to float (repeats,); `index` names the data set.
@@ -209,7 +212,7 @@ def leak_histogram(index, shares_by_name):
     return finish(figure, index, "How much a random split leaks")
 
 
-def split_counts(index):
+def split_counts(index: pd.DataFrame) -> Figure:
     """Stacked bars: images per subset and label of a split."""
     counts = index.groupby(["subset", "label"]).size().unstack(fill_value=0)
     counts = counts.reindex(index=["test", "val", "train"], columns=data.LABELS, fill_value=0)
@@ -225,7 +228,7 @@ def split_counts(index):
 # Segmentation
 
 
-def outlines(rows, masks, title, boxes=None, scores=None, columns=3):
+def outlines(rows: pd.DataFrame, masks, title, boxes=None, scores=None, columns=3) -> Figure:
     """Images with the outlines of truth and prediction, and the box of the prompt.
 
     Args:
@@ -253,7 +256,7 @@ def outlines(rows, masks, title, boxes=None, scores=None, columns=3):
     return finish(figure, rows, title)
 
 
-def from_image_to_mask(row, box, probability):
+def from_image_to_mask(row, box, probability: np.ndarray) -> Figure:
     """Three panels: the image with its box, the probability, the outline beside the truth."""
     image = data.read_image(row.image_path)
     figure, cells = _panels(3, 3.6, 3.6)
@@ -267,7 +270,7 @@ def from_image_to_mask(row, box, probability):
     return finish(figure, row, row.image_id)
 
 
-def training_curves(history, columns=DICE_CURVES, title="Training"):
+def training_curves(history: pd.DataFrame, columns=DICE_CURVES, title="Training") -> Figure:
     """One panel per figure of a training, on training and validation images, over the epochs.
 
     Args:
@@ -289,7 +292,7 @@ def training_curves(history, columns=DICE_CURVES, title="Training"):
     return finish(figure, history, title)
 
 
-def paired_differences(after, before):
+def paired_differences(after: pd.DataFrame, before: pd.DataFrame) -> Figure:
     """One bar per image, sorted: the change of a model's score by its fine-tuning.
 
     `after` and `before` are DataFrames from `helpers.metrics.score` of the same rows.
@@ -307,7 +310,7 @@ def paired_differences(after, before):
     return finish(figure, after, "After fine-tuning, against the released weights")
 
 
-def score_strips(scores_by_name, metric="dice"):
+def score_strips(scores_by_name: dict, metric="dice") -> Figure:
     """Per-image scores as dots, with the mean of each label as a bar.
 
     `scores_by_name` is a dict from a panel's title to a DataFrame from `helpers.metrics.score`, `metric` one
@@ -330,7 +333,7 @@ def score_strips(scores_by_name, metric="dice"):
     return finish(figure, scores[0], f"{METRIC_TITLES[metric]} per image (bar: mean)")
 
 
-def jitter_curve(curve):
+def jitter_curve(curve: pd.DataFrame) -> Figure:
     """Mean Dice with its interval against the size of the box error.
 
     Args:
@@ -350,7 +353,7 @@ def jitter_curve(curve):
     return finish(figure, curve, "How the score depends on the box (band: 95 % interval)")
 
 
-def circles(truth, predicted, scores):
+def circles(truth: np.ndarray, predicted: np.ndarray, scores: dict) -> Figure:
     """Two masks, bool (H, W), as outlines, with the scores of `helpers.metrics.segmentation` beside them."""
     figure, (axes, text) = _panels(2, 3.75, 3.6)
     overlay(np.full((*truth.shape, 3), 0.93), truth, predicted, axes=axes)
@@ -364,7 +367,7 @@ def circles(truth, predicted, scores):
     return finish(figure, None, "Two circles")
 
 
-def curves(table, x, panels, title):
+def curves(table: pd.DataFrame, x: str, panels, title: str) -> Figure:
     """Columns of a table against its column `x`, one panel per dict from column to legend text."""
     figure, cells = _panels(len(panels), 4.5, 3.4)
     for cell, columns in zip(cells, panels):
@@ -378,13 +381,14 @@ def curves(table, x, panels, title):
 # Images, and what networks see in them
 
 
-def pictures(images, captions, title, rows, columns=6, maps=None):
+def pictures(images, captions, title: str, rows, columns=6, maps=None) -> Figure:
     """A grid of images, (H, W) or (H, W, 3), of `rows` of an index, with one caption each.
 
     `maps`, float (H, W) in 0..1, are laid over them, such as Grad-CAM's: from nothing over red to yellow.
     """
     figure, cells = grid(len(images), columns)
-    for cell, image, caption, heat in zip(cells, images, captions, maps or [None] * len(images)):
+    maps = [None] * len(images) if maps is None else maps
+    for cell, image, caption, heat in zip(cells, images, captions, maps):
         cell.imshow(image, cmap="grey")
         if heat is not None:
             cell.imshow(heat, cmap="autumn", alpha=0.6 * heat, vmin=0, vmax=1)
@@ -392,7 +396,7 @@ def pictures(images, captions, title, rows, columns=6, maps=None):
     return finish(figure, rows, title)
 
 
-def batch(images, masks, title, rows):
+def batch(images, masks, title: str, rows) -> Figure:
     """Images of a training batch with the outlines of their masks: float (N, S, S, 1) both."""
     figure, cells = grid(len(images), 4)
     for cell, image, mask in zip(cells, np.asarray(images), np.asarray(masks)):
@@ -400,7 +404,7 @@ def batch(images, masks, title, rows):
     return finish(figure, rows, title)
 
 
-def feature_maps(maps, row):
+def feature_maps(maps: dict, row) -> Figure:
     """One feature of each level of a network on the image of `row`: the one that varies most over it.
 
     `maps` is a dict from a level's name to float (side, side, features).
@@ -417,7 +421,7 @@ def feature_maps(maps, row):
 # Classification
 
 
-def confusion(probabilities_by_name, rows):
+def confusion(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
     """Confusion matrices of N rows, by true and most probable class: dict from a title to float (N, 3)."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -434,7 +438,7 @@ def confusion(probabilities_by_name, rows):
     return finish(figure, rows, "Held-out images by class")
 
 
-def roc_curves(probabilities_by_name, rows):
+def roc_curves(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
     """ROC of each class against the rest, one panel per name; a class without images has none."""
     from sklearn.metrics import RocCurveDisplay
 
@@ -452,7 +456,7 @@ def roc_curves(probabilities_by_name, rows):
     return finish(figure, rows, "ROC of each class against the rest")
 
 
-def calibration(probabilities_by_name, rows, bins=5):
+def calibration(probabilities_by_name: dict, rows: pd.DataFrame, bins=5) -> Figure:
     """How often the most probable class is right, against its probability, in bins of equal count.
 
     `probabilities_by_name` is a dict from a curve's name to float (N, 3), for N rows of an index.
@@ -475,7 +479,7 @@ def calibration(probabilities_by_name, rows, bins=5):
 # All models
 
 
-def comparison(results):
+def comparison(results: pd.DataFrame) -> Figure:
     """Score of each row of `helpers.results.select` with its interval: Dice of lesions, or accuracy.
 
     One panel per prompt or input, for those are never ranked together.

@@ -5,12 +5,15 @@ import zlib
 
 import cv2
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from helpers import data
 
+Arrays = dict[str, np.ndarray]  # from image_id to a box (4,) or a mask (H, W)
 
-def mask_to_box(mask):
+
+def mask_to_box(mask: np.ndarray) -> np.ndarray:
     """Return the tightest box around a mask.
 
     Args:
@@ -30,12 +33,12 @@ def mask_to_box(mask):
     return np.array([columns[0], rows[0], columns[-1], rows[-1]], dtype=np.float32)
 
 
-def truth_boxes(rows):
+def truth_boxes(rows: pd.DataFrame) -> Arrays:
     """Return a dict from image_id to the box of the truth, for rows of lesion images."""
     return {row.image_id: mask_to_box(data.read_truth(row)) for row in rows.itertuples()}
 
 
-def mask_boxes(masks):
+def mask_boxes(masks: Arrays) -> Arrays:
     """Return the boxes of predicted masks, a dict from image_id to bool (H, W).
 
     Returns:
@@ -51,7 +54,7 @@ def mask_boxes(masks):
     return boxes
 
 
-def typical_boxes(train, rows):
+def typical_boxes(train: pd.DataFrame, rows: pd.DataFrame) -> Arrays:
     """Return for each row the mean box of the training lesions, for a baseline that never looks.
 
     Args:
@@ -68,10 +71,10 @@ def typical_boxes(train, rows):
     lesions = data.lesions(train)
     boxes = truth_boxes(lesions)
     shares = np.mean([boxes[row.image_id] / sides(row) for row in lesions.itertuples()], axis=0)
-    return {row.image_id: np.float32(shares * sides(row)) for row in rows.itertuples()}
+    return {row.image_id: (shares * sides(row)).astype(np.float32) for row in rows.itertuples()}
 
 
-def jitter_boxes(rows, boxes, pixels, seed=0, inward=False):
+def jitter_boxes(rows: pd.DataFrame, boxes: Arrays, pixels: float, seed=0, inward=False) -> Arrays:
     """Jitter the boxes of many images: `jitter_box` for each row."""
     return {
         row.image_id: jitter_box(
@@ -81,7 +84,9 @@ def jitter_boxes(rows, boxes, pixels, seed=0, inward=False):
     }
 
 
-def jitter_box(box, shape, pixels, key, seed=0, inward=False):
+def jitter_box(
+    box, shape: tuple, pixels: float, key, seed: int = 0, inward: bool = False
+) -> np.ndarray:
     """Move each side of a box by its own random distance, as in a box that is drawn in haste.
 
     Args:
@@ -109,7 +114,7 @@ def _inside(low, high, length):
     return max(min(low, middle - 0.5), 0), min(max(high, middle + 0.5), length - 1)
 
 
-def fill_ellipses(rows, boxes):
+def fill_ellipses(rows: pd.DataFrame, boxes: Arrays) -> Arrays:
     """Return a dict from image_id to the box's ellipse: `fill_ellipse` for each row."""
     return {
         row.image_id: fill_ellipse(boxes[row.image_id], data.image_shape(row))
@@ -117,12 +122,12 @@ def fill_ellipses(rows, boxes):
     }
 
 
-def empty_masks(rows):
+def empty_masks(rows: pd.DataFrame) -> Arrays:
     """Return a dict from image_id to an empty bool (H, W): the baseline that finds nothing."""
     return {row.image_id: np.zeros(data.image_shape(row), dtype=bool) for row in rows.itertuples()}
 
 
-def fill_ellipse(box, shape):
+def fill_ellipse(box, shape: tuple) -> np.ndarray:
     """Fill a box with its ellipse: the baseline that never looks at the image.
 
     Args:
@@ -139,7 +144,7 @@ def fill_ellipse(box, shape):
     return across**2 + down**2 <= 1
 
 
-def draw_box(image, box, enabled=True):
+def draw_box(image: np.ndarray, box, enabled: bool = True):
     """Show an image, uint8 (H, W, 3) RGB, with a box (4,) that the reader drags or redraws.
 
     Returns:
@@ -152,14 +157,14 @@ def draw_box(image, box, enabled=True):
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, "PNG")
     x_min, y_min, x_max, y_max = (float(side) for side in box)
-    start = {"x": x_min, "y": y_min, "width": x_max - x_min, "height": y_max - y_min}
-    start = [start | {"label": "lesion"}]
+    place = {"x": x_min, "y": y_min, "width": x_max - x_min, "height": y_max - y_min}
+    start = [{"label": "lesion", **place}]
     return BBoxWidget(
         image_bytes=encoded.getvalue(), classes=["lesion"], bboxes=start, hide_buttons=True
     )
 
 
-def drawn_box(widget, shape, default):
+def drawn_box(widget, shape: tuple, default) -> np.ndarray:
     """Return the last box of a `draw_box` widget, float32 (4,) in pixels, inside `shape` (H, W).
 
     `default` (4,) stands in for no widget, and for one whose boxes the reader has deleted.
@@ -168,4 +173,4 @@ def drawn_box(widget, shape, default):
         return np.asarray(default, dtype=np.float32)
     x, y, width, height = (widget.bboxes[-1][name] for name in ("x", "y", "width", "height"))
     limits = np.array([shape[1], shape[0]] * 2) - 1
-    return np.float32(np.clip([x, y, x + width, y + height], 0, limits))
+    return np.clip([x, y, x + width, y + height], 0, limits).astype(np.float32)

@@ -22,8 +22,7 @@ import pandas as pd
 from helpers import cache, data, metrics
 
 FORMAT = 3
-PACKAGES = ("torch", "torchvision", "transformers", "monai", "tensorflow", "keras", "numpy")
-PACKAGES += ("scikit-learn", "opencv-python")
+PACKAGES = "torch torchvision transformers monai tensorflow keras numpy scikit-learn opencv-python"
 PROMPTS = ("none", "predicted box", "jittered box", "ground-truth box")
 INPUTS = (
     "image alone",
@@ -55,7 +54,7 @@ def committed_folder() -> Path:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that scores depend on."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in PACKAGES.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -37,7 +37,7 @@ LOOKS = 3  # frames of independent speckle that the scanner averages
 NOISE_DB = -40.0  # electronic noise, against glandular tissue at 0 dB
 
 
-def make_busi(root, images_per_class, seed=0):
+def make_busi(root: str | Path, images_per_class: int, seed: int = 0) -> Path:
     """Write a synthetic data set in BUSI's layout, whole or not at all.
 
     Image k of a class depends on the seed, the class and k alone, so a larger set begins with the
@@ -76,7 +76,9 @@ def make_busi(root, images_per_class, seed=0):
     return root
 
 
-def pretraining_set(images_per_class, folder=""):
+def pretraining_set(
+    images_per_class: int, folder: str | Path = ""
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make synthetic images for a network to be pretrained on before it sees real ones.
 
     Args:
@@ -481,7 +483,7 @@ def _speckle(rng, amplitude):
 # The marks
 
 
-def burn_in(image, masks, marks, colour, rng):
+def burn_in(image: np.ndarray, masks: list, marks, colour: bool, rng) -> np.ndarray:
     """Draw marks into a frame, as operators do.
 
     Args:
@@ -504,9 +506,10 @@ def burn_in(image, masks, marks, colour, rng):
     if "pictogram" in marks:  # a breast seen from the front, and the probe on it
         centre, turn = np.array([width - 40, height - 40]), rng.uniform(0, 2 * np.pi)
         outward = np.array([math.cos(turn), math.sin(turn)])
-        ends = [(centre + 18 * outward + half * outward[::-1] * (-1, 1)) for half in (-9, 9)]
+        ends = [centre + 18 * outward + half * outward[::-1] * (-1, 1) for half in (-9, 9)]
+        left, right = (end.astype(int).tolist() for end in ends)
         cv2.circle(image, centre.tolist(), 30, ink, 1, cv2.LINE_AA)
-        cv2.line(image, *[end.astype(int).tolist() for end in ends], ink, 3, cv2.LINE_AA)
+        cv2.line(image, left, right, ink, 3, cv2.LINE_AA)
     return image
 
 

@@ -312,8 +312,10 @@ def tuned_table(path="") -> pd.DataFrame:
             line["Mean of the seeds"] = _interval(row["mean"], row["low"], row["high"])
             seeds = [value for title, value in row.items() if title.startswith("seed ")]
             line["Each seed"] = ", ".join(f"{value:.3f}" for value in seeds)
-            gain = [row.get(end, float("nan")) for end in ("gain", "gain_low", "gain_high")]
-            rows.append(line | {"Gain over the default": _interval(*gain, "+.3")})
+            low, high = row.get("gain_low"), row.get("gain_high")
+            rows.append(
+                line | {"Gain over the default": _interval(row.get("gain"), low, high, "+.3")}
+            )
     return pd.DataFrame(rows)
 
 
