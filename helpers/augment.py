@@ -109,14 +109,14 @@ def augment_batch(
         torch.stack([turn.sin() * across * width / height, turn.cos() * down], 1),
     ]
     move = torch.cat([torch.stack(rows, 1), 2 * draw(ranges.shift, 2, 1)], 2)
-    grids = (F.affine_grid(move, part.shape, align_corners=False) for part in (pixels, *maps))
-    pixels, *maps = (
-        F.grid_sample(part, grid, align_corners=False) for part, grid in zip((pixels, *maps), grids)
-    )
+    parts = []
+    for part in (pixels, *maps):
+        grid = F.affine_grid(move, list(part.shape), align_corners=False)
+        parts.append(F.grid_sample(part, grid, align_corners=False))
     gain, contrast, gamma = (
         draw(largest, 1, 1, 1).exp() for largest in (ranges.gain, ranges.contrast, ranges.gamma)
     )
-    pixels = pixels.clamp(min=1e-4) ** gamma * gain
+    pixels = parts[0].clamp(min=1e-4) ** gamma * gain
     pixels = torch.lerp(pixels.mean((1, 2, 3), keepdim=True), pixels, contrast)
     if ranges.blur:
         largest = ranges.blur * min(height, width)
@@ -126,4 +126,4 @@ def augment_batch(
     if ranges.speckle:
         amount = ranges.speckle * torch.rand(count, 1, 1, 1, generator=generator)
         pixels *= 1 + amount * torch.randn(count, 1, height, width, generator=generator)
-    return [pixels.clamp(0, 1), *maps]
+    return [pixels.clamp(0, 1), *parts[1:]]

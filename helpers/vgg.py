@@ -91,8 +91,7 @@ def build(imagenet=False, width: int = WIDTH, seed: int = 0, activation: str = "
 
     Args:
         imagenet: take ImageNet's weights for all but the last layer; else they are random.
-        width, activation: as in `Config`.
-        seed: of the random weights.
+        width, seed, activation: as in `Config`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -125,7 +124,7 @@ def _scaled(width):
 
 def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Tint the pixels of a mask: uint8 (H, W, 3) RGB and bool (H, W) to uint8 (H, W, 3)."""
-    return np.where(mask[..., None], image // 2 + np.uint8([127, 20, 20]), image)
+    return np.where(mask[..., None], image // 2 + np.array([127, 20, 20], np.uint8), image)
 
 
 def pictures(rows: pd.DataFrame, size: int, masks: dict | None = None) -> np.ndarray:
@@ -173,17 +172,16 @@ def fit(
     data.check_apart(train, val)
     data.check_classes(train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = {"float32": False, "bfloat16": True, "auto": multiplies_bfloat16(device)}
-    mixed = known[settings.precision]
-    laid_over = [masks[name] for name in (*train.image_id, *val.image_id)] if masks else []
-    of_data = data.signature(train), data.signature(val), b"".join(map(np.packbits, laid_over))
+    known = {"float32": False, "bfloat16": True}
+    mixed = known.get(settings.precision, multiplies_bfloat16(device))
+    names = (*train.image_id, *val.image_id) if masks else ()
+    of_data = [data.signature(rows) for rows in (train, val)]
+    of_data += [np.packbits(masks[name]).tobytes() for name in names]
     same = dataclasses.asdict(settings) | {"precision": mixed}
     run = cache.run("vgg", VERSION, same, device.type, *of_data, path=folder)
     network = build(width=settings.width, seed=settings.seed, activation=settings.activation)
-    network = network.to(device, memory_format=torch.channels_last)
-    labels, val_labels = (
-        torch.tensor(rows.label.map(data.LABELS.index).to_numpy()) for rows in (train, val)
-    )
+    labels, val_labels = (torch.tensor(x.label.map(data.LABELS.index).values) for x in (train, val))
+    learner = _Learner(network, settings.loss, labels).to(memory_format=torch.channels_last)
     val_pictures = functools.cache(lambda: pictures(val, settings.size, masks))
 
     def train_set():
@@ -196,10 +194,9 @@ def fit(
         right = (logits.argmax(1) == val_labels).float().mean()
         return {"val_loss": F.cross_entropy(logits, val_labels), "val_accuracy": right}
 
-    learner = _Learner(network, settings.loss, labels).to(device)
-    options = {"validate": validate, "metric": "val_loss", "greater_is_better": False}
+    options: dict = {"validate": validate, "metric": "val_loss", "greater_is_better": False}
     options |= {"mixed": mixed, "report": report, "write_every": WRITE_EVERY}
-    history = training.fit(learner, train_set, settings, run, **options)
+    history = training.fit(learner.to(device), train_set, settings, run, **options)
     return network, history.assign(source=train.source.iloc[0])
 
 
@@ -249,7 +246,6 @@ class _Learner(nn.Module):
 
 
 def _focal(logits, target, weight=None):
-    """Return the mean focal loss of logits (N, 3) against classes (N,)."""
     from monai.losses import FocalLoss
 
     loss = FocalLoss(to_onehot_y=True, use_softmax=True, weight=weight, reduction="none")
@@ -298,9 +294,8 @@ def explain(network: VGG, pictures: np.ndarray) -> tuple[np.ndarray, list[str]]:
     cam = GradCAM(network, target_layers="features.29", postprocessing=lambda found: found)
     pixels = _normalise(torch.from_numpy(pictures).to(next(network.parameters()).device))
     maps = [cam(one[None], class_idx=k)[0, 0].detach().cpu() for one, k in zip(pixels, classes)]
-    maps = torch.stack(maps).numpy()
-    maps /= np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
-    return maps, [data.LABELS[k] for k in classes]
+    largest = np.max(maps, axis=(1, 2), keepdims=True)
+    return np.stack(maps) / np.maximum(largest, 1e-12), [data.LABELS[k] for k in classes]
 
 
 def save(network: VGG, path: str | Path) -> None:
@@ -322,11 +317,10 @@ def load(path: str | Path) -> VGG:
         raise FileNotFoundError(f"{path} does not exist; helpers.vgg.save writes it") from None
     except (RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} can't be read as weights: {error}") from error
-    activation = state.pop("activation", "relu")
-    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    shapes = {name: tuple(each.shape) for name, each in state.items() if hasattr(each, "shape")}
+    width = shapes.get("features.0.weight", (WIDTH,))[0]
     with torch.device("meta"):
-        width = (*shapes.get("features.0.weight", ()), WIDTH)[0]
-        network = build(width=width, activation=activation)
+        network = build(width=width, activation=state.pop("activation", "relu"))
     if shapes != {name: tuple(value.shape) for name, value in network.state_dict().items()}:
         raise ValueError(
             f"{path} holds no VGG-16 with {len(data.LABELS)} classes but {len(shapes)} weights such as "

@@ -68,23 +68,23 @@ def test_the_key_is_the_content(tiny, index, tmp_path, encoder_runs):
     renamed = rows.assign(image_id="another name")
     assert list(embeddings.embed_rows(tiny, renamed, tmp_path)) == ["another name"]
     assert len(encoder_runs) == 1
-    embeddings.embed_rows(tiny, rows, tmp_path, view=1)
-    embeddings.embed_rows(tiny, rows, tmp_path, view=2, seed=0)
-    embeddings.embed_rows(tiny, rows, tmp_path, view=2, seed=1)
+    embeddings.embed_rows(tiny, rows, tmp_path, augmentation=1)
+    embeddings.embed_rows(tiny, rows, tmp_path, augmentation=2, seed=0)
+    embeddings.embed_rows(tiny, rows, tmp_path, augmentation=2, seed=1)
     assert len(encoder_runs) == len(files(tmp_path)) == 4
 
 
 def test_the_key_is_the_encoder_and_not_the_decoder(tiny):
     key = embeddings.encoder_hash(tiny)
     with torch.no_grad():
-        next(tiny.network.model.mask_decoder.parameters()).add_(1)
+        next(tiny.model.mask_decoder.parameters()).add_(1)
     assert embeddings.encoder_hash(tiny) == key
     tiny.preprocessing = dataclasses.replace(tiny.preprocessing, intensity="unit")
     other = embeddings.encoder_hash(tiny)
     tiny.precision = "bfloat16"
     third = embeddings.encoder_hash(tiny)
     with torch.no_grad():
-        next(tiny.network.model.vision_encoder.parameters()).add_(1)
+        next(tiny.model.vision_encoder.parameters()).add_(1)
     assert len({key, other, third, embeddings.encoder_hash(tiny)}) == 4
 
 

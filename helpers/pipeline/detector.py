@@ -12,6 +12,7 @@ import json
 import cv2
 import numpy as np
 import pandas as pd
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,11 +76,11 @@ class LesionDetector(nn.Module):
         self.encoder = timm.create_model(
             BACKBONE, features_only=True, in_chans=1, out_indices=(1, 2, 3), drop_path_rate=0.1
         )
-        self.encoder.blocks = self.encoder.blocks[:KEPT]
+        self.encoder.blocks = self.encoder.blocks[:KEPT]  # type: ignore[index]
         self.embedding_adapter = nn.Sequential(
             nn.Dropout2d(dropout / 2), nn.Conv2d(channels, 64, 1), nn.GroupNorm(8, 64), nn.SiLU()
         )
-        channels_at = self.encoder.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4
+        channels_at = self.encoder.feature_info.channels()[::-1]  # type: ignore  # at 1/16, 1/8, 1/4
         extra, widths = [0, 64, 0], [depth, 64, 32]
         self.bottleneck = nn.Sequential(
             _conv_block(channels_at[0] + 64, depth), _ResidualBlock(depth), nn.Dropout2d(dropout)
@@ -190,12 +191,11 @@ def prepare(segmenter, rows, folder="", augmentations=1, size=224, seed=0) -> Tr
 
 
 def _gather(rows, features, size, seed, origin):
-    augmentations = len(features)
-    shape = augmentations, len(rows), 1, size, size
+    shape = *features.shape[:2], 1, size, size
     pixels, lesions = (torch.empty(shape, dtype=torch.uint8) for _ in range(2))
     for position, row in enumerate(rows.itertuples()):
         image, truth = data.read_image(row.image_path), data.read_truth(row)
-        for number in range(augmentations):
+        for number in range(len(features)):
             seen, mask = augment.augment(image, truth, number, row.image_id, seed)
             pixels[number, position, 0] = _grey(seen, size)
             share = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
@@ -260,8 +260,7 @@ def fit(
 
     def train_set(detector):
         if settings.pretrain_images:
-            start = _pretrain(channels, folder, bfloat16, settings)
-            detector.load_state_dict(start.state_dict())
+            detector.load_state_dict(_pretrain(channels, folder, bfloat16, settings).state_dict())
         return _Frames(training_data, positions, settings)
 
     origin = [training_data.origin, data.signature(rows)]
@@ -278,8 +277,7 @@ def _pretrain(channels, folder, bfloat16, config):
         print(f"first {len(rows)} synthetic images, then the training images")
         nothing = torch.zeros((), dtype=torch.float16)
         features = nothing.expand(1, len(rows), channels, *2 * [config.size // GRID])
-        made = _gather(rows, features, config.size, 0, [])
-        return _Frames(made, torch.arange(len(rows)), config)
+        return _Frames(_gather(rows, features, config.size, 0, []), torch.arange(len(rows)), config)
 
     origin = ["synthetic", synthetic.VERSION, count, channels]
     return _train(channels, train_set, config, origin, folder, bfloat16)[0]
@@ -344,11 +342,10 @@ class _Learner(nn.Module):
 
 
 @torch.inference_mode()
-def predict(detectors, pixels, features, batch_size=16):
+def predict(detectors: list[LesionDetector], pixels, features, batch_size: int = 16) -> tuple:
     """Ask detectors together, each for the frame and for its mirror image (with the embedding mirrored).
 
     Args:
-        detectors: list of LesionDetector.
         pixels: uint8 (N, 1, size, size), as from `inputs`.
         features: float (N, channels, size / 8, size / 8).
 
@@ -371,28 +368,24 @@ def predict(detectors, pixels, features, batch_size=16):
     return torch.cat(maps).cpu().numpy(), torch.cat(classes).cpu().numpy()
 
 
-def save(detector, path, dtype=torch.float32):
+def save(detector: LesionDetector, path, dtype: torch.dtype = torch.float32) -> None:
     """Write a detector to a .safetensors file in a floating type; it appears whole or not at all."""
-    from safetensors.torch import save as to_bytes
-
     weights = {
         name: value.contiguous().cpu().to(dtype if value.is_floating_point() else value.dtype)
         for name, value in detector.state_dict().items()
     }
-    cache.write(path, to_bytes(weights, {"detector": json.dumps(detector.shape)}))
+    cache.write(path, safetensors.torch.save(weights, {"detector": json.dumps(detector.shape)}))
 
 
-def load(path):
+def load(path) -> LesionDetector:
     """Read a detector that `save` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file holds no detector.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             described = (file.metadata() or {}).get("detector")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if described is None:
@@ -401,7 +394,7 @@ def load(path):
         detector.load_state_dict(state)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; Pipeline.save writes it") from None
-    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no LesionDetector: {error}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return detector.to(device, memory_format=torch.channels_last).eval()
+    detector = detector.to(memory_format=torch.channels_last)
+    return detector.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -22,6 +22,7 @@ from helpers.params import limited
 from helpers.sam import embeddings
 
 VERSION = 2  # raise it with every change that gives other numbers: older runs are then not read
+WRITE_EVERY = 10  # seconds between two checkpoints: short epochs do not each write one
 PARTS = ("mask decoder", "prompt encoder")
 
 
@@ -126,6 +127,7 @@ def fit(segmenter, train, val, folder="", report=None, **config) -> pd.DataFrame
             metric="val_dice",
             from_start=True,
             mixed=segmenter.precision == "bfloat16",
+            write_every=WRITE_EVERY,
             report=report,
             description="fine-tuning",
         )
@@ -150,11 +152,9 @@ class _Decoder(torch.nn.Module):
 
     def __init__(self, segmenter, config):
         super().__init__()
-        network = segmenter.network
-        self.decode, self.loss = network.decode, LOSSES[config.loss]
-        self.parts = torch.nn.ModuleDict(
-            {name: network.get_submodule(network.parts[name]) for name in PARTS}
-        )
+        self.decode, self.loss = segmenter.decode, LOSSES[config.loss]
+        modules = (getattr(segmenter.model, name.replace(" ", "_")) for name in PARTS)
+        self.parts = torch.nn.ModuleDict(zip(PARTS, modules))
         for name in config.parts:
             self.parts[name].requires_grad_(True)
         for name, weight in self.named_parameters():
@@ -228,7 +228,7 @@ def _made(segmenter, rows, folder, augmentation, config):
 
 def _target(truth, resized, segmenter):
     """Resize and pad a truth like its image: bool (grid, grid)."""
-    grid = segmenter.network.grid
+    grid = segmenter.grid
     height, width = (
         max(1, round(side * grid / segmenter.preprocessing.input_size)) for side in resized
     )

