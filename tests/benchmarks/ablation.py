@@ -1,10 +1,10 @@
-"""What each fine-tuning trick gives on the validation images of fold 0: writes results/ablation.csv.
+"""What each variant of fine-tuning gives on the validation images of fold 0: writes results/ablation.csv.
 
     BUSI_DIR=... python tests/benchmarks/ablation.py [text ...]
 
 LiteMedSAM, one image per group, at the images' own size. The test fold is never read. Without a text,
-every trick runs; else those whose name holds one. Runs are kept in the cache folder ($NB_CACHE), so a
-second call goes on where the first stopped. A trick takes 5 to 15 minutes on 2 cores.
+every variant runs; else those whose name holds one. Runs are kept in the cache folder ($NB_CACHE), so a
+second call resumes where the first stopped. A variant takes 5 to 15 minutes on 2 cores.
 """
 
 import io
@@ -17,21 +17,21 @@ from helpers import cache, data, metrics, prompts, results, sam
 from helpers.sam import embeddings
 
 SHORT = {"epochs": 10, "schedule": "cosine"}
-TRICKS = {
+VARIANTS = {
     "released weights": None,
-    "the usual recipe": {},
+    "the usual config": {},
     "10 epochs, cosine": SHORT,
     "learning rate 1e-4, batch 4": SHORT | {"learning_rate": 1e-4, "batch_size": 4},
-    "4 views": SHORT | {"views": 4},
+    "4 augmentations": SHORT | {"augmentations": 4},
     "boxes jittered by 10 px": SHORT | {"jitter": 10},
     "prompt encoder too": SHORT | {"parts": ("mask decoder", "prompt encoder")},
     "Dice + focal": SHORT | {"loss": "dice+focal"},
     "Dice alone": SHORT | {"loss": "dice"},
     "averaged weights": SHORT | {"average": 0.995},
-    "4 views, jitter 4 px, learning rate 5e-5, averaged weights": SHORT
-    | {"views": 4, "jitter": 4, "learning_rate": 5e-5, "average": 0.995},
-    "4 views, 20 epochs, learning rate 2e-5, averaged weights": SHORT
-    | {"views": 4, "epochs": 20, "learning_rate": 2e-5, "average": 0.995},
+    "4 augmentations, jitter 4 px, learning rate 5e-5, averaged weights": SHORT
+    | {"augmentations": 4, "jitter": 4, "learning_rate": 5e-5, "average": 0.995},
+    "4 augmentations, 20 epochs, learning rate 2e-5, averaged weights": SHORT
+    | {"augmentations": 4, "epochs": 20, "learning_rate": 2e-5, "average": 0.995},
 }
 
 
@@ -41,11 +41,11 @@ def main(texts):
     train, val = split[split.subset == "train"], data.scored(split, "val")
     boxes = prompts.truth_boxes(val)
     loose = prompts.jitter_boxes(val, boxes, 20)
-    for name, config in TRICKS.items():
+    for name, config in VARIANTS.items():
         if texts and not any(text in name for text in texts):
             continue
         segmenter = sam.load("lite-medsam", precision="auto")
-        line = {"trick": name, "config": "" if config is None else str(config)}
+        line = {"variant": name, "config": "" if config is None else str(config)}
         if config is not None:
             history = segmenter.fit(train, val, cache, **config)
             line["kept_epoch"] = int(history.epoch[history.best].iloc[0])
@@ -60,12 +60,12 @@ def main(texts):
 
 
 def write(line):
-    """Put a line into the table, in the place of an older one of the same trick."""
+    """Put a line into the table, in the place of an older one of the same variant."""
     target = results.folder() / "ablation.csv"
     lines = pd.read_csv(target).to_dict("records") if target.is_file() else []
-    lines = [old for old in lines if old["trick"] != line["trick"]] + [line]
-    order = {trick: place for place, trick in enumerate(TRICKS)}
-    lines.sort(key=lambda one: order[one["trick"]])
+    lines = [old for old in lines if old["variant"] != line["variant"]] + [line]
+    order = {variant: place for place, variant in enumerate(VARIANTS)}
+    lines.sort(key=lambda one: order[one["variant"]])
     text = io.StringIO()
     pd.DataFrame(lines).to_csv(text, index=False)
     cache.write(target, text.getvalue().encode())
