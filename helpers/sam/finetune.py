@@ -145,11 +145,20 @@ class _Decoder(torch.nn.Module):
         self.decode, self.loss = segmenter.decode, LOSSES[config.loss]
         modules = (getattr(segmenter.model, name.replace(" ", "_")) for name in PARTS)
         self.parts = torch.nn.ModuleDict(zip(PARTS, modules))
+        self.settings = segmenter.model.mask_decoder.config
+        usual = self.settings._attn_implementation
+        # In bfloat16 on a CPU, the fused attention's backward pass is slow: a sixth of a step.
+        slow = segmenter.precision == "bfloat16" and segmenter.device.type == "cpu"
+        self.attention = usual, "eager" if slow else usual  # of evaluation and training
         for name in config.parts:
             self.parts[name].requires_grad_(True)
         for name, weight in self.named_parameters():
             if name.endswith("positional_embedding"):  # fixed random frequencies, as SAM has them
                 weight.requires_grad_(False)
+
+    def train(self, mode=True):
+        self.settings._attn_implementation = self.attention[mode]
+        return super().train(mode)
 
     def logits(self, features, box):
         """Return float32 (N, 1, grid, grid) for features (N, channels, h, w) and boxes (N, 4)."""

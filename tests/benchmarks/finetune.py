@@ -2,7 +2,7 @@
 
     python tests/benchmarks/finetune.py [--images 16] [--epochs 20] [--checkpoint lite-medsam]
 
-Exits with 1 where a bound is missed. Three loops start from the same weights with the usual recipe, each
+Exits with 1 where a bound is missed. Three loops start from the same weights with the usual config, each
 in a process of its own, and each takes the validation loss after every epoch:
 
 - the usual loop: plain float32, every image through the frozen encoder in every epoch;
@@ -10,7 +10,7 @@ in a process of its own, and each takes the validation loss after every epoch:
 - ours: `Segmenter.fit` with an empty cache.
 
 What is printed are ratios within this run, for machines differ and are noisy. $BUSI_DIR names the
-images, else the phantom stands in. `--checkpoint vit-b` takes a ViT-B of SAM's full size with random
+images, else simulated ones stand in. `--checkpoint vit-b` takes a ViT-B of SAM's full size with random
 weights: its times are SAM's, its masks mean nothing.
 """
 
@@ -29,11 +29,14 @@ from monai.losses import DiceCELoss
 from helpers import data, prompts, sam
 
 BATCH, SEED, LEARNING_RATE = 2, 0, 1e-5
+FASTER, OVER = 8.5, 1.06  # of the usual loop's time, of the limit's
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=int, default=16, help="to train on; a third of it validates")
+    parser.add_argument(
+        "--images", type=int, default=16, help="to train on; a third of it validates"
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--checkpoint", default="lite-medsam", help="or vit-b, random weights")
     parser.add_argument("--precision", default="auto", help="of ours and of the limit")
@@ -52,12 +55,12 @@ def main():
         usual, limit, ours = (alone(loop, arguments) for loop in (usual_loop, limit_loop, our_loop))
     faster, over = usual["seconds"] / ours["seconds"], ours["seconds"] / limit["seconds"]
     apart = abs(usual["loss"] - ours["loss"]) / usual["loss"]
-    print(f"ours is {faster:.1f} times as fast as the usual loop (bound: 8)")
-    print(f"ours takes {over:.3f} of the limit's time (bound: 1.25)")
+    print(f"ours is {faster:.1f} times as fast as the usual loop (bound: {FASTER})")
+    print(f"ours takes {over:.3f} of the limit's time (bound: {OVER})")
     print(f"validation losses lie {apart:.1%} apart (bound: 1 %)")
     bound = 4 if options.checkpoint == "lite-medsam" else np.inf
     print(f"ours takes {ours['memory']:.2f} GB at its peak (bound: {bound})")
-    held = faster >= 8 and over <= 1.25 and apart <= 0.01 and ours["memory"] < bound
+    held = faster >= FASTER and over <= OVER and apart <= 0.01 and ours["memory"] < bound
     print("every bound holds" if held else "a bound is missed")
     return not held
 
@@ -108,7 +111,8 @@ def usual_loop(checkpoint, precision, train, val, epochs, scratch):
         pixels, [resized] = sam.preprocess([image], segmenter.preprocessing)
         truth = data.read_truth(row)
         box = sam.scale_box(prompts.mask_to_box(truth), truth.shape, resized)
-        return segmenter.encode(pixels), box[None], truth, resized
+        features = segmenter.model.vision_encoder(pixels)[0]
+        return features, box[None], truth, resized
 
     return learn(segmenter, train, val, epochs, logits, time.perf_counter())
 
@@ -128,24 +132,29 @@ def limit_loop(checkpoint, precision, train, val, epochs, scratch):
 
 def learn(segmenter, train, val, epochs, example, begun):
     """Train the mask decoder; return the seconds since `begun` and the last validation loss."""
-    decoder = segmenter.model.mask_decoder
-    decoder.requires_grad_(True)
+    decoder = segmenter.model.mask_decoder.requires_grad_(True)
+    bfloat16 = segmenter.precision == "bfloat16"
     optimizer = torch.optim.Adam(decoder.parameters(), lr=LEARNING_RATE)
     criterion = DiceCELoss(sigmoid=True, squared_pred=True)
 
     def loss_of(batch):
         features, boxes, truths, sizes = zip(*map(example, batch))
-        with segmenter.autocast():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = segmenter.decode(torch.cat(features), torch.cat(boxes))
         logits = logits[:, None].float()
         targets = torch.stack(
-            [target(*pair, logits.shape[-1], segmenter.preprocessing) for pair in zip(truths, sizes)]
+            [
+                target(*pair, logits.shape[-1], segmenter.preprocessing)
+                for pair in zip(truths, sizes)
+            ]
         )
         return criterion(logits, targets)
 
     for epoch in range(1, epochs + 1):
         order = np.random.default_rng([SEED, epoch]).permutation(len(train))
-        batches = [list(train.iloc[order[i : i + BATCH]].itertuples()) for i in range(0, len(train), BATCH)]
+        batches = [
+            list(train.iloc[order[i : i + BATCH]].itertuples()) for i in range(0, len(train), BATCH)
+        ]
         for batch in batches:
             loss = loss_of(batch)
             optimizer.zero_grad()
@@ -156,9 +165,9 @@ def learn(segmenter, train, val, epochs, example, begun):
     return time.perf_counter() - begun, float(np.mean(losses))
 
 
-def target(truth, resized, grid, recipe):
+def target(truth, resized, grid, preprocessing):
     """Resize and pad a truth like its image: float32 (1, grid, grid)."""
-    height, width = (max(1, round(side * grid / recipe.input_size)) for side in resized)
+    height, width = (max(1, round(side * grid / preprocessing.input_size)) for side in resized)
     small = torch.nn.functional.interpolate(
         torch.from_numpy(truth)[None, None].float(), (height, width), mode="area"
     )
