@@ -6,7 +6,6 @@ is what they leave open: the score of an empty mask, and what counts as one obse
 
 import warnings
 
-import cv2
 import numpy as np
 import pandas as pd
 
@@ -112,50 +111,6 @@ def score(rows: pd.DataFrame, masks: dict, surface: bool = True) -> pd.DataFrame
     scores = [segmentation(masks[row.image_id], data.read_truth(row), surface) for row in rows.itertuples()]
     columns = rows[["image_id", "label", "group", "source"]]
     return columns.join(pd.DataFrame(scores, index=rows.index))
-
-
-def detection(rows: pd.DataFrame, masks: dict, overlap: float = 0.5) -> pd.DataFrame:
-    """Count lesions found and alarms, lesion by lesion.
-
-    A lesion, which is a connected part of the truth, is found where a predicted part has at least
-    `overlap` in IoU with it; a predicted part that finds none is a false alarm.
-
-    Args:
-        rows: rows of an index.
-        masks: dict from image_id to list of bool (H, W), one per predicted lesion.
-        overlap: least IoU.
-
-    Returns:
-        DataFrame, one row per image: `image_id`, `label`, `group`, `lesions`, `found` and
-        `false_alarms`.
-    """
-    lines = []
-    for row in rows.itertuples():
-        count, parts = cv2.connectedComponents(data.read_truth(row).astype(np.uint8), connectivity=8)
-        lesions, found = [parts == part for part in range(1, count)], masks[row.image_id]
-        iou = [[(one & mask).sum() / (one | mask).sum() for mask in found] for one in lesions]
-        hits = np.reshape(iou, (len(lesions), len(found))) >= overlap
-        line = {"image_id": row.image_id, "label": row.label, "group": row.group}
-        line |= {"lesions": len(lesions), "found": int(hits.any(axis=1).sum())}
-        lines.append(line | {"false_alarms": int((~hits.any(axis=0)).sum())})
-    return pd.DataFrame(lines)
-
-
-def detection_summary(found: pd.DataFrame) -> dict[str, float]:
-    """Sum `detection` up, as means over lesions and over images.
-
-    Returns:
-        dict of `sensitivity` and `false_alarms_per_lesion_image`, and `false_alarms_per_normal_image`;
-        what the images can't tell, for want of such a class, is left out.
-    """
-    lesion, normal = found[found.label != "normal"], found[found.label == "normal"]
-    summed = {}
-    if len(lesion):
-        summed["sensitivity"] = float(lesion.found.sum() / lesion.lesions.sum())
-        summed["false_alarms_per_lesion_image"] = float(lesion.false_alarms.mean())
-    if len(normal):
-        summed["false_alarms_per_normal_image"] = float(normal.false_alarms.mean())
-    return summed
 
 
 def summary(scores: pd.DataFrame, metrics=SEGMENTATION, seed: int = 0) -> pd.DataFrame:
