@@ -38,7 +38,7 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
     epochs = {"epoch": [0, 1], "best": [False, True], "source": "synthetic"}
     curves = ("train_dice", "val_dice", "train_dice_loss", "val_dice_loss")
     history = pd.DataFrame(epochs | dict.fromkeys(curves, [0.1, 0.2]))
-    results.save(scores, rows, key="m", title="m", prompt="jittered box", path=tmp_path)
+    results.Recorder(rows, path=tmp_path).segmentation(scores, key="m", title="m", prompt="jittered box")
     image = data.read_image(rows.image_path[0])
     classes = np.full((len(rows), 3), 1 / 3)
     return {
@@ -152,7 +152,7 @@ def test_nothing_to_show_is_said(index):
 
 def test_comparison_orders_panels_by_prompt_and_never_mixes_them(rows, scores, tmp_path):
     for prompt in ("ground-truth box", "none"):
-        results.save(scores, rows, key="m", title="m", prompt=prompt, path=tmp_path)
+        results.Recorder(rows, path=tmp_path).segmentation(scores, key="m", title="m", prompt=prompt)
     figure = plots.comparison(results.load_all(tmp_path))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["segmentation, prompt: none", "segmentation, prompt: ground-truth box (from the truth)"]

@@ -5,9 +5,10 @@ import pytest
 from helpers import data, metrics, prompts, results, tables
 
 
-def save(run, path, **changes):
-    settings = {"key": "box-ellipse", "title": "ellipse in the box", "prompt": "ground-truth box"}
-    return results.save(*run, path=path, **(settings | changes))
+def save(run, path, seed=0, fold=0, **changes):
+    scores, rows = run
+    about = {"key": "box-ellipse", "title": "ellipse in the box", "prompt": "ground-truth box"} | changes
+    return results.Recorder(rows, seed, fold, path=path).segmentation(scores, **about)
 
 
 def test_committed_results_are_of_one_test_fold():
