@@ -120,9 +120,6 @@ class Recorder:
                 or at the typical place; the gain in Dice over it on the lesion images is recorded.
             details: dict of what is worth knowing besides, such as the precision and the training.
 
-        Returns:
-            Path of the file.
-
         Raises:
             ValueError: an unknown prompt, a key of another form, or scores of other images than `rows`.
             OSError: the file can't be written; what stood there before is untouched.
@@ -130,10 +127,11 @@ class Recorder:
         for table in (scores, scores if baseline is None else baseline):
             if list(table.image_id) != list(self.rows.image_id):
                 raise ValueError("scores and rows are of different images; score these very rows")
-        result = {
-            "summary": _nested(metrics.summary(scores, seed=self.seed)),
-            "gain_over_ellipse": {} if baseline is None else self._gain(scores, baseline),
-        }
+        result = {"summary": _nested(metrics.summary(scores, seed=self.seed)), "gain_over_ellipse": {}}
+        if baseline is not None:
+            gain = metrics.paired(scores, baseline, seed=self.seed).set_index("set").loc["lesions"]
+            ends = {"mean": gain.difference, "low": gain.low, "high": gain.high}
+            result["gain_over_ellipse"] = {end: round(value, 5) for end, value in ends.items()}
         per_image = scores.drop(columns="source").round(5).to_dict(orient="list")
         return self._write("segmentation", key, title, prompt, seconds, details, result, per_image)
 
@@ -163,12 +161,6 @@ class Recorder:
             "groups": int(rows.group.nunique()),
             "signature": data.signature(rows),
         }
-
-    def _gain(self, scores, baseline):
-        lesion = (scores.label != "normal").to_numpy()
-        gain = (scores.dice.to_numpy() - baseline.dice.to_numpy())[lesion]
-        low, high = metrics.bootstrap_interval(gain, scores.group[lesion], seed=self.seed)
-        return {"mean": round(gain.mean(), 5), "low": round(low, 5), "high": round(high, 5)}
 
     def _write(self, task, key, title, prompt, seconds, details, result, per_image):
         allowed = PROMPTS if task == "segmentation" else INPUTS
