@@ -33,24 +33,6 @@ PUBLISHED = (
 )
 
 
-def missing(results: pd.DataFrame) -> pd.DataFrame:
-    """List what the comparison lacks.
-
-    Args:
-        results: DataFrame from `select`.
-
-    Returns:
-        DataFrame: `missing` (key and prompt) and `notebook`, which makes it; empty where all is there.
-    """
-    there = set(zip(results.key, results.prompt))
-    lacking = [
-        {"missing": f"{key}, {prompt}", "notebook": f"{notebook}.ipynb"}
-        for notebook, key, prompt in EXPECTED
-        if (key, prompt) not in there
-    ]
-    return pd.DataFrame(lacking, columns=["missing", "notebook"])
-
-
 def table(results: pd.DataFrame) -> pd.DataFrame:
     """Lay segmentation rows out for reading, automatic rows first, ground-truth boxes last.
 
@@ -164,44 +146,6 @@ def folds_table(results: pd.DataFrame, key="pipeline", seed=0, source="BUSI") ->
         title: [_text(value, digits) for value in folds[name]] for title, (name, digits) in columns.items()
     }
     return pd.DataFrame({"Test fold": folds.index.astype(str)} | texts)
-
-
-def conclusion(results: pd.DataFrame, everything: pd.DataFrame) -> str:
-    """Say in words what the rows show: Markdown, every number read from them.
-
-    Args:
-        results: DataFrame from `select`.
-        everything: DataFrame from `load_all`, for the random split.
-    """
-    best = "{title} is best: Dice {score} on lesion images."
-    alarms = "It marks something on {alarms:.0%} of the normal ones."
-    sentences = {
-        "none": f"Without a box, {best} {alarms}",
-        "predicted box": f"With a box that it predicts itself, {best} {alarms}",
-        "ground-truth box": "With the ground-truth box, which comes from the answer, {title} reaches Dice "
-        "{score}; over an ellipse that fills the same box it gains {gain:+.3f}.",
-        "image alone": "From the image alone, {title} classifies best: accuracy {score}, balanced "
-        "{all_balanced_accuracy:.3f}; it finds {all_sensitivity:.0%} of the malignant lesions.",
-        "ground-truth mask alone": "The ground-truth mask alone, without the image, gives accuracy {score}: "
-        "laying it over the image leaks the label.",
-    }
-    lines = []
-    for prompt, sentence in sentences.items():
-        rows = results[results.prompt == prompt]
-        if len(rows):
-            row = rows.loc[rows.score.idxmax()].to_dict()
-            row["alarms"] = 1 - row.get("normal_dice", float("nan"))
-            row["score"] = f"**{row['score']:.3f}** [{row['low']:.3f}, {row['high']:.3f}]"
-            lines.append(sentence.format(**row))
-    first = results.iloc[0]
-    pairs = _on_both_splits(everything, first.fold, first.seed, first.source)
-    lines += [
-        f"On a random split, {row.title} scores {row.score_random - row.score_grouped:+.3f} "
-        f"{row.score_name} against the grouped one."
-        for row in pairs.itertuples()
-    ]
-    lines += [f"Missing: {row.missing}; run {row.notebook}." for row in missing(results).itertuples()]
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def beside_published(results: pd.DataFrame) -> pd.DataFrame:
