@@ -6,6 +6,7 @@
 import pandas as pd
 
 from helpers import cache, data, metrics
+from helpers.metrics import interval_text
 from helpers.results import INPUTS, PROMPTS, folder, load_all, opened, select
 
 # What the comparison wants to see: the notebook that makes it, the key and the prompt.
@@ -90,7 +91,7 @@ def leakage_table(results: pd.DataFrame, fold=0, seed=0, source="BUSI") -> pd.Da
     columns = {"Model": both.title, "Score": both.score_name}
     for split, end in (("Grouped", ""), ("Random", "_random")):
         values = zip(both[f"score{end}"], both[f"low{end}"], both[f"high{end}"])
-        columns[f"{split} split"] = [_interval(*value) for value in values]
+        columns[f"{split} split"] = [interval_text(*value) for value in values]
     columns["Difference"] = (both.score_random - both.score).map("{:+.3f}".format)
     return pd.DataFrame(columns)
 
@@ -156,15 +157,11 @@ def _text(value, digits):
     return "" if pd.isna(value) else f"{value:{digits}}"
 
 
-def _interval(mean, low, high, digits=".3"):
-    return "" if pd.isna(mean) else f"{mean:{digits}f} [{low:{digits}f}, {high:{digits}f}]"
-
-
 def _with_interval(rows, column, digits):
     if column not in rows:
         return [""] * len(rows)
     parts = rows[column], rows[f"{column}_low"], rows[f"{column}_high"]
-    return [_interval(*values, digits) for values in zip(*parts)]
+    return [interval_text(*values, digits) for values in zip(*parts)]
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -220,11 +217,11 @@ def tuned_table(path="") -> pd.DataFrame:
         for row in metrics.compare(scores, "default").to_dict("records"):
             line = {"Model": scores.title[0], "Config": row["config"]}
             line |= {"Images": str(scores.image_id.nunique()), "Score": scores.measure[0]}
-            line["Mean of the seeds"] = _interval(row["mean"], row["low"], row["high"])
+            line["Mean of the seeds"] = interval_text(row["mean"], row["low"], row["high"])
             seeds = [value for title, value in row.items() if title.startswith("seed ")]
             line["Each seed"] = ", ".join(f"{value:.3f}" for value in seeds)
             low, high = row.get("gain_low"), row.get("gain_high")
-            rows.append(line | {"Gain over the default": _interval(row.get("gain"), low, high, "+.3")})
+            rows.append(line | {"Gain over the default": interval_text(row.get("gain"), low, high, "+.3")})
     return pd.DataFrame(rows)
 
 
