@@ -6,7 +6,6 @@ is what they leave open: the score of an empty mask, and what counts as one obse
 
 import warnings
 
-import cv2
 import numpy as np
 import pandas as pd
 
@@ -34,10 +33,10 @@ def segmentation(predicted: np.ndarray, truth: np.ndarray, surface: bool = True)
         surface: compute `hd95` and `nsd` too, which takes longer than the rest.
 
     Returns:
-        dict of float: `dice`, `iou`, `precision`, `recall`, `pixel_accuracy` (0 to 1), `hd95` (the
-        95th percentile of the Hausdorff distance, pixels) and `nsd` (normalised surface Dice at a
-        tolerance of 2 pixels, 0 to 1). Both masks empty: all are 1 and hd95 is 0. One empty: all
-        but the pixel accuracy are 0 and hd95 is the image's diagonal.
+        dict of float: `dice`, `iou`, `precision`, `recall`, `pixel_accuracy` (0 to 1), `hd95` (the 95th
+        percentile of the Hausdorff distance, pixels) and `nsd` (normalised surface Dice at a tolerance of 2
+        pixels, 0 to 1). Both masks empty: all are 1 and hd95 is 0. One empty: all but the pixel accuracy are
+        0 and hd95 is the image's diagonal.
 
     Raises:
         ValueError: the masks are not two bool arrays of one (H, W) shape.
@@ -114,50 +113,6 @@ def score(rows: pd.DataFrame, masks: dict, surface: bool = True) -> pd.DataFrame
     return columns.join(pd.DataFrame(scores, index=rows.index))
 
 
-def detection(rows: pd.DataFrame, masks: dict, overlap: float = 0.5) -> pd.DataFrame:
-    """Count lesions found and alarms, lesion by lesion.
-
-    A lesion, which is a connected part of the truth, is found where a predicted part has at least
-    `overlap` in IoU with it; a predicted part that finds none is a false alarm.
-
-    Args:
-        rows: rows of an index.
-        masks: dict from image_id to list of bool (H, W), one per predicted lesion.
-        overlap: least IoU.
-
-    Returns:
-        DataFrame, one row per image: `image_id`, `label`, `group`, `lesions`, `found` and
-        `false_alarms`.
-    """
-    lines = []
-    for row in rows.itertuples():
-        count, parts = cv2.connectedComponents(data.read_truth(row).astype(np.uint8), connectivity=8)
-        lesions, found = [parts == part for part in range(1, count)], masks[row.image_id]
-        iou = [[(one & mask).sum() / (one | mask).sum() for mask in found] for one in lesions]
-        hits = np.reshape(iou, (len(lesions), len(found))) >= overlap
-        line = {"image_id": row.image_id, "label": row.label, "group": row.group}
-        line |= {"lesions": len(lesions), "found": int(hits.any(axis=1).sum())}
-        lines.append(line | {"false_alarms": int((~hits.any(axis=0)).sum())})
-    return pd.DataFrame(lines)
-
-
-def detection_summary(found: pd.DataFrame) -> dict[str, float]:
-    """Sum `detection` up, as means over lesions and over images.
-
-    Returns:
-        dict of `sensitivity` and `false_alarms_per_lesion_image`, and `false_alarms_per_normal_image`;
-        what the images can't tell, for want of such a class, is left out.
-    """
-    lesion, normal = found[found.label != "normal"], found[found.label == "normal"]
-    summed = {}
-    if len(lesion):
-        summed["sensitivity"] = float(lesion.found.sum() / lesion.lesions.sum())
-        summed["false_alarms_per_lesion_image"] = float(lesion.false_alarms.mean())
-    if len(normal):
-        summed["false_alarms_per_normal_image"] = float(normal.false_alarms.mean())
-    return summed
-
-
 def summary(scores: pd.DataFrame, metrics=SEGMENTATION, seed: int = 0) -> pd.DataFrame:
     """Summarise per-image scores: the mean of each metric with its 95 % interval.
 
@@ -192,25 +147,24 @@ def _sets(scores):
 
 def summary_table(scores: pd.DataFrame, metrics=("dice", "iou", "hd95", "nsd"), seed=0) -> pd.DataFrame:
     """Lay `summary` out for reading: one row per set of images, "mean [low, high]" per metric."""
-    table = summary(scores, metrics, seed)
-    digits = table.metric.map(lambda metric: 1 if metric == "hd95" else 3)
-    table["text"] = [
-        f"{row.mean:.{n}f} [{row.low:.{n}f}, {row.high:.{n}f}]"
-        for row, n in zip(table.itertuples(index=False), digits)
-    ]
-    order = list(dict.fromkeys(table.set))
-    wide = table.pivot(index="set", columns="metric", values="text").loc[order, list(metrics)]
-    wide.insert(0, "images", table.drop_duplicates("set").set_index("set").images)
-    return wide.rename_axis(index=None, columns=None)
+    lines: dict[str, dict] = {}
+    for row in summary(scores, metrics, seed).itertuples(index=False):
+        text = interval_text(row.mean, row.low, row.high, ".1" if row.metric == "hd95" else ".3")
+        lines.setdefault(row.set, {"images": row.images})[row.metric] = text
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def bootstrap_interval(values, groups=None, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean, resampling groups and not images.
+def interval_text(mean: float, low: float, high: float, digits: str = ".3") -> str:
+    """Return "mean [low, high]" for a table; nothing where the mean is undefined (NaN or None)."""
+    return "" if pd.isna(mean) else f"{mean:{digits}f} [{low:{digits}f}, {high:{digits}f}]"
+
+
+def bootstrap_interval(values, groups=None, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean, resampling groups and not images.
 
     Args:
         values: float (N,).
         groups: (N,) labels; the images of one group are drawn together. None: each on its own.
-        level: coverage, between 0 and 1.
         seed: of the 9999 resamples.
 
     Returns:
@@ -232,25 +186,17 @@ def bootstrap_interval(values, groups=None, level: float = 0.95, seed: int = 0) 
     def mean(totals, counts, axis=-1):
         return totals.sum(axis=axis) / counts.sum(axis=axis)
 
-    interval = bootstrap(
-        (totals, counts),
-        mean,
-        paired=True,
-        vectorized=True,
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    about = {"paired": True, "vectorized": True, "method": "percentile", "rng": np.random.default_rng(seed)}
+    interval = bootstrap((totals, counts), mean, **about).confidence_interval
     return float(interval.low), float(interval.high)
 
 
-def paired(after: pd.DataFrame, before: pd.DataFrame, metric="dice", seed: int = 0) -> pd.DataFrame:
-    """Compare two models image by image.
+def paired(after: pd.DataFrame, before: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Compare the Dice of two models image by image.
 
     Args:
         after: DataFrame from `score`.
         before: DataFrame from `score`, of the same rows.
-        metric: a metric of `segmentation`.
         seed: of the bootstrap.
 
     Returns:
@@ -267,28 +213,26 @@ def paired(after: pd.DataFrame, before: pd.DataFrame, metric="dice", seed: int =
     if list(after.image_id) != list(before.image_id):
         raise ValueError("the two score different images; score the same rows with both models")
     table = after[["image_id", "label", "group"]].assign(
-        difference=after[metric].to_numpy() - before[metric].to_numpy()
+        difference=after.dice.to_numpy() - before.dice.to_numpy()
     )
     lines = []
     for name, part in _sets(table):
         low, high = bootstrap_interval(part.difference, part.group, seed=seed)
         by_group = part.groupby("group").difference.mean()
         line = {"set": name, "images": len(part), "difference": part.difference.mean()}
-        line |= {"low": low, "high": high}
-        line |= {"better": int((part.difference > 0).sum())}
+        line |= {"low": low, "high": high, "better": int((part.difference > 0).sum())}
         line |= {"worse": int((part.difference < 0).sum())}
         lines.append(line | {"p_value": wilcoxon(by_group).pvalue if by_group.any() else np.nan})
     return pd.DataFrame(lines)
 
 
-def compare(scores: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.DataFrame:
+def compare(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Compare configs over seeds and images.
 
     Args:
         scores: DataFrame, one row per config, seed and image: `config`, `seed`, `image_id`, `group` and
             `score`, as from `helpers.scale.search.read_test`.
         baseline: the config that the others are compared with.
-        level: of the intervals.
 
     Returns:
         DataFrame, one row per config: `config`, a column per seed, `mean`, `low` and `high` (the interval
@@ -302,10 +246,10 @@ def compare(scores: pd.DataFrame, baseline: str, level: float = 0.95) -> pd.Data
         row = {"config": config}
         row |= {f"seed {seed}": part.score.mean() for seed, part in own.groupby("seed")}
         row["mean"] = by_image[config].mean()
-        row["low"], row["high"] = bootstrap_interval(by_image[config], groups, level)
+        row["low"], row["high"] = bootstrap_interval(by_image[config], groups)
         if config != baseline:
             gain = by_image[config] - by_image[baseline]
-            low, high = bootstrap_interval(gain, groups, level)
+            low, high = bootstrap_interval(gain, groups)
             row |= {"gain": gain.mean(), "gain_low": low, "gain_high": high}
         table.append(row)
     return pd.DataFrame(table)
@@ -345,14 +289,12 @@ def classification(probabilities, labels) -> dict[str, float]:
         labels: (N,) of "normal", "benign" or "malignant".
 
     Returns:
-        dict of float: `accuracy`, `balanced_accuracy`, `macro_auc` (one against rest),
-        `recall_<label>`, `sensitivity` and `specificity` of "malignant", and `calibration_error`
-        (expected, 10 bins of the top probability). What a missing class leaves undefined is NaN,
-        and a warning says so.
+        dict of float: `accuracy`, `balanced_accuracy`, `macro_auc` (one against rest), `recall_<label>`,
+        `sensitivity` and `specificity` of "malignant", and `calibration_error` (expected, 10 bins of the top
+        probability). What a missing class leaves undefined is NaN, and a warning says so.
 
     Raises:
-        ValueError: shapes that do not fit, a label outside the three, rows that are no
-            probabilities.
+        ValueError: shapes that do not fit, a label outside the three, rows that are no probabilities.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -365,16 +307,16 @@ def classification(probabilities, labels) -> dict[str, float]:
         raise ValueError("each row of probabilities must be non-negative and sum to 1")
     truth = np.array([data.LABELS.index(label) for label in labels])
     predicted = probabilities.argmax(axis=1)
+    absent = [name for name in data.LABELS if name not in labels]
     recall = {
-        f"recall_{name}": float((predicted[truth == k] == k).mean()) if (truth == k).any() else np.nan
+        f"recall_{name}": np.nan if name in absent else float((predicted[truth == k] == k).mean())
         for k, name in enumerate(data.LABELS)
     }
-    absent = [name for k, name in enumerate(data.LABELS) if not (truth == k).any()]
+    auc = np.nan
     if absent:
         warnings.warn(
             f"no image is {' or '.join(absent)}: macro AUC and its recall are undefined (NaN)", stacklevel=2
         )
-        auc = np.nan
     else:
         auc = float(roc_auc_score(truth, probabilities, multi_class="ovr", average="macro"))
     malignant = truth == data.LABELS.index("malignant")
@@ -422,18 +364,13 @@ def class_summary(probabilities, rows: pd.DataFrame, seed=0, resamples=1000) -> 
 def class_table(probabilities_by_name: dict, rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Lay `class_summary` out for reading: one row per model, "value [low, high]" per metric.
 
-    Args:
-        probabilities_by_name: dict from a model's name to float (N, 3).
-        rows: the N rows of an index.
-        seed: of the bootstrap.
+    `probabilities_by_name` is a dict from a model's name to float (N, 3), for N rows of an index.
     """
     lines = {}
     for name, probabilities in probabilities_by_name.items():
         table = class_summary(probabilities, rows, seed).set_index("metric")
         lines[name] = {
-            title: "undefined"
-            if np.isnan(table["mean"][metric])
-            else f"{table['mean'][metric]:.3f} [{table.low[metric]:.3f}, {table.high[metric]:.3f}]"
+            title: interval_text(*table.loc[metric, ["mean", "low", "high"]]) or "undefined"
             for metric, title in CLASSIFICATION.items()
         }
     return pd.DataFrame(lines).T

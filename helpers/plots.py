@@ -16,15 +16,6 @@ from helpers.results import FROM_THE_TRUTH, INPUTS, PROMPTS
 LABEL_COLOURS = {"normal": "#0072B2", "benign": "#009E73", "malignant": "#D55E00"}
 TRUTH, PREDICTION, BOX, BEFORE = "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
 DICE_CURVES = {"dice_loss": "Dice loss (of probabilities)", "dice": "Dice score (of masks)"}
-METRIC_TITLES = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "precision": "precision",
-    "recall": "recall",
-    "pixel_accuracy": "pixel accuracy",
-    "hd95": "HD95 (pixels)",
-    "nsd": "NSD at 2 px",
-}
 
 
 def overlay(image, truth=None, prediction=None, box=None, *, axes=None, colour=PREDICTION) -> Figure:
@@ -72,11 +63,12 @@ def legend(figure: Figure, *names: str) -> None:
 
 
 def finish(figure: Figure, rows, title: str) -> Figure:
-    """Title a figure and close it; synthetic images are named. `rows` is None where none were shown."""
+    """Lay out, title and close a figure; synthetic images are named. `rows` is None where none were shown."""
     source = "" if rows is None else rows.source
     source = source if isinstance(source, str) else source.iloc[0]
     title = f"{title} (synthetic images)" if source == "synthetic" else title
     figure.suptitle(title, fontsize=12)
+    figure.set_layout_engine("constrained")
     plt.close(figure)  # the notebook shows what the cell returns; an open figure would show twice
     return figure
 
@@ -104,54 +96,14 @@ def _panels(count, width, height, **settings):
 # The data
 
 
-def label_counts(index: pd.DataFrame) -> Figure:
-    """Bars: images per label, and how many are left once groups count once."""
-    counts = index.groupby("label").agg(images=("image_id", "size"), groups=("group", "nunique"))
-    figure, axes = _axes()
-    counts.reindex(data.LABELS).plot.bar(ax=axes, rot=0, width=0.8, color=[BOX, "#999999"])
-    for bars in axes.containers:
-        axes.bar_label(bars)
-    axes.set(xlabel="", ylabel="count")
-    axes.margins(y=0.12)
-    axes.legend(frameon=False)
-    return finish(figure, index, "Images and groups per label")
-
-
-def image_sizes(index: pd.DataFrame) -> Figure:
-    """Scatter: width against height of every image, by label."""
-    figure, axes = _axes(5.2, 4.2)
-    for label, part in index.groupby("label"):
-        colour = LABEL_COLOURS[label]
-        axes.scatter(part.width, part.height, s=12, alpha=0.6, color=colour, label=label)
-    limit = max(index.width.max(), index.height.max()) * 1.05
-    axes.plot([0, limit], [0, limit], color="grey", linewidth=0.8, linestyle=":", label="square")
-    axes.set(xlabel="width (pixels)", ylabel="height (pixels)", xlim=(0, limit), ylim=(0, limit))
-    axes.legend(frameon=False)
-    return finish(figure, index, "Image sizes")
-
-
-def _lesion_histograms(axes, values, labels, bins):
-    for label in ("benign", "malignant"):
-        part = values[labels == label]
-        axes.hist(part, bins, alpha=0.6, color=LABEL_COLOURS[label], label=label)
-        axes.axvline(part.median(), color=LABEL_COLOURS[label], linestyle="--")
-    axes.legend(frameon=False, title="dashed: median")
-
-
-def lesion_areas(index: pd.DataFrame) -> Figure:
-    """Histograms: the share of the image that lesions cover, by label."""
-    figure, axes = _axes()
-    _lesion_histograms(axes, 100 * index.area_share, index.label, np.geomspace(0.1, 100, 37))
-    axes.set(xscale="log", xlabel="lesion area (% of the image)", ylabel="images")
-    axes.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
-    return finish(figure, index, "Lesion areas")
-
-
 def solidity(measured: pd.DataFrame) -> Figure:
     """Histograms of the column `solidity` of rows of an index, by label."""
     figure, axes = _axes()
     bins = np.linspace(min(0.6, measured.solidity.min()), 1, 31)
-    _lesion_histograms(axes, measured.solidity, measured.label, bins)
+    for label, values in measured.groupby("label").solidity:
+        axes.hist(values, bins, alpha=0.6, color=LABEL_COLOURS[label], label=label)
+        axes.axvline(values.median(), color=LABEL_COLOURS[label], linestyle="--")
+    axes.legend(frameon=False, title="dashed: median")
     axes.set(xlabel="solidity: area over that of the convex hull", ylabel="training images")
     return finish(figure, measured, "One number of the ground-truth mask")
 
@@ -165,11 +117,11 @@ def gallery(rows: pd.DataFrame, title: str, captions=None, columns=4) -> Figure:
     return finish(figure, rows, title)
 
 
-def groups_side_by_side(rows: pd.DataFrame, title: str, column="same_frame") -> Figure:
-    """Whole groups of images, "same_frame" or "group", one per line, captions in the label's colour."""
+def groups_side_by_side(rows: pd.DataFrame, title: str) -> Figure:
+    """All files of each frame, one frame per line, captions in the label's colour."""
     if rows.empty:
         raise ValueError(f"no images to show for {title!r}")
-    groups = [part for _, part in rows.groupby(column, sort=False)]
+    groups = [part for _, part in rows.groupby("same_frame", sort=False)]
     width = max(len(part) for part in groups)
     figure, cells = grid(len(groups) * width, width)
     for number, part in enumerate(groups):
@@ -179,48 +131,10 @@ def groups_side_by_side(rows: pd.DataFrame, title: str, column="same_frame") -> 
     return finish(figure, rows, title)
 
 
-def annotation_counts(index: pd.DataFrame) -> Figure:
-    """Bars: how many images of each label carry each kind of burned-in mark."""
-    kinds = index.annotation.str.get_dummies("&").drop(columns="", errors="ignore")
-    kinds = kinds.groupby(index.label).sum().reindex(data.LABELS)
-    kinds = kinds.reindex(kinds.sum().sort_values(ascending=False).index, axis=1)
-    figure, axes = _axes()
-    kinds.T.plot.bar(ax=axes, stacked=True, rot=0, color=LABEL_COLOURS, ylabel="images")
-    axes.legend(frameon=False)
-    return finish(figure, index, "What is burned into the images")
-
-
-def leak_histogram(index: pd.DataFrame, shares_by_name: dict) -> Figure:
-    """Histograms: the share of test images with a near-duplicate in training, over random splits.
-
-    `shares_by_name` is a dict from a legend text to float (repeats,); `index` names the data set.
-    """
-    figure, axes = _axes()
-    for (name, shares), colour in zip(shares_by_name.items(), (PREDICTION, BOX)):
-        axes.hist(100 * shares, bins=24, alpha=0.7, color=colour, label=name)
-    axes.axvline(0, color=TRUTH, linewidth=3, label="the grouped split")
-    axes.set(xlabel="test images with a near-duplicate in training (%)", ylabel="random splits")
-    axes.legend(frameon=False)
-    return finish(figure, index, "How much a random split leaks")
-
-
-def split_counts(index: pd.DataFrame) -> Figure:
-    """Stacked bars: images per subset and label of a split."""
-    counts = index.groupby(["subset", "label"]).size().unstack(fill_value=0)
-    counts = counts.reindex(index=["test", "val", "train"], columns=data.LABELS, fill_value=0)
-    figure, axes = _axes(7, 2.2)
-    counts.plot.barh(ax=axes, stacked=True, color=LABEL_COLOURS)
-    for bars in axes.containers:
-        axes.bar_label(bars, label_type="center", color="white")
-    axes.set(xlabel="images", ylabel="")
-    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-    return finish(figure, index, "The grouped split")
-
-
 # Segmentation
 
 
-def outlines(rows: pd.DataFrame, masks, title, boxes=None, scores=None, columns=3) -> Figure:
+def outlines(rows: pd.DataFrame, masks, title, boxes=None, scores=None) -> Figure:
     """Images with the outlines of truth and prediction, and the box of the prompt.
 
     Args:
@@ -229,9 +143,8 @@ def outlines(rows: pd.DataFrame, masks, title, boxes=None, scores=None, columns=
         title: of the figure.
         boxes: dict from image_id to (4,), or None.
         scores: DataFrame from `helpers.metrics.score`, or two; their Dice goes into the captions.
-        columns: images side by side.
     """
-    figure, cells = grid(len(rows), columns)
+    figure, cells = grid(len(rows), 3)
     *before, after = [masks] if isinstance(masks, dict) else masks
     scores = [scores] if isinstance(scores, pd.DataFrame) else scores or []
     dice = [part.set_index("image_id").dice for part in scores]
@@ -302,27 +215,25 @@ def paired_differences(after: pd.DataFrame, before: pd.DataFrame) -> Figure:
     return finish(figure, after, "After fine-tuning, against the released weights")
 
 
-def score_strips(scores_by_name: dict, metric="dice") -> Figure:
-    """Per-image scores as dots, with the mean of each label as a bar.
+def score_strips(scores_by_name: dict) -> Figure:
+    """Dice per image as dots, with the mean of each label as a bar.
 
-    `scores_by_name` is a dict from a panel's title to a DataFrame from `helpers.metrics.score`, `metric` one
-    of its columns.
+    `scores_by_name` is a dict from a panel's title to a DataFrame from `helpers.metrics.score`.
     """
-    scores = list(scores_by_name.values())
-    figure, cells = _panels(len(scores), 3.6, 3.6, sharey=True)
+    figure, cells = _panels(len(scores_by_name), 3.6, 3.6, sharey=True)
     generator = np.random.default_rng(0)
-    for cell, (name, part) in zip(cells, scores_by_name.items()):
-        labels = [label for label in data.LABELS if (part.label == label).any()]
+    for cell, (name, scores) in zip(cells, scores_by_name.items()):
+        labels = [label for label in data.LABELS if (scores.label == label).any()]
         for position, label in enumerate(labels):
-            values = part[metric][part.label == label]
+            values = scores.dice[scores.label == label]
             spread = position + generator.uniform(-0.2, 0.2, len(values))
             cell.scatter(spread, values, s=12, alpha=0.6, color=LABEL_COLOURS[label])
             cell.hlines(values.mean(), position - 0.3, position + 0.3, color="black", linewidth=2)
         cell.set_xticks(range(len(labels)), labels)
         cell.set_xlim(-0.5, len(labels) - 0.5)
         cell.set_title(name, fontsize=10)
-    cells[0].set_ylabel(METRIC_TITLES[metric])
-    return finish(figure, scores[0], f"{METRIC_TITLES[metric]} per image (bar: mean)")
+    cells[0].set_ylabel("Dice")
+    return finish(figure, scores, "Dice per image (bar: mean)")
 
 
 def jitter_curve(curve: pd.DataFrame) -> Figure:
@@ -343,31 +254,6 @@ def jitter_curve(curve: pd.DataFrame) -> Figure:
     axes.set(xlabel="largest shift of each side of the box (pixels)", ylabel="mean Dice")
     axes.legend(frameon=False)
     return finish(figure, curve, "How the score depends on the box (band: 95 % interval)")
-
-
-def circles(truth: np.ndarray, predicted: np.ndarray, scores: dict) -> Figure:
-    """Two masks, bool (H, W), as outlines, with the scores of `helpers.metrics.segmentation` beside them."""
-    figure, (axes, text) = _panels(2, 3.75, 3.6)
-    overlay(np.full((*truth.shape, 3), 0.93), truth, predicted, axes=axes)
-    text.set_axis_off()
-    for line, (name, value) in enumerate(scores.items()):
-        height = 0.92 - line / 8
-        text.text(0.05, height, METRIC_TITLES[name], fontsize=11)
-        digits = 1 if name == "hd95" else 3
-        text.text(0.95, height, f"{value:.{digits}f}", ha="right", fontsize=11)
-    legend(figure, "truth", "prediction")
-    return finish(figure, None, "Two circles")
-
-
-def curves(table: pd.DataFrame, x: str, panels, title: str) -> Figure:
-    """Columns of a table against its column `x`, one panel per dict from column to legend text."""
-    figure, cells = _panels(len(panels), 4.5, 3.4)
-    for cell, columns in zip(cells, panels):
-        for column, label in columns.items():
-            cell.plot(table[x], table[column], marker=".", label=label)
-        cell.set(xlabel=x)
-        cell.legend(frameon=False, fontsize=9)
-    return finish(figure, None, title)
 
 
 # Images, and what networks see in them
@@ -448,7 +334,7 @@ def roc_curves(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
     return finish(figure, rows, "ROC of each class against the rest")
 
 
-def calibration(probabilities_by_name: dict, rows: pd.DataFrame, bins=5) -> Figure:
+def calibration(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
     """How often the most probable class is right, against its probability, in bins of equal count.
 
     `probabilities_by_name` is a dict from a curve's name to float (N, 3), for N rows of an index.
@@ -460,7 +346,7 @@ def calibration(probabilities_by_name: dict, rows: pd.DataFrame, bins=5) -> Figu
         probabilities = np.asarray(probabilities)
         right = np.array(data.LABELS)[probabilities.argmax(axis=1)] == rows.label
         top = np.clip(probabilities.max(axis=1), 0, 1)
-        bars = {"n_bins": bins, "strategy": "quantile", "ref_line": False}
+        bars = {"n_bins": 5, "strategy": "quantile", "ref_line": False}
         CalibrationDisplay.from_predictions(right, top, **bars, name=name, ax=axes)
     axes.plot([1 / 3, 1], [1 / 3, 1], color="grey", linestyle=":", label="calibrated")
     axes.set(xlabel="mean probability of the predicted class", ylabel="share that is right")

@@ -120,9 +120,6 @@ class Recorder:
                 or at the typical place; the gain in Dice over it on the lesion images is recorded.
             details: dict of what is worth knowing besides, such as the precision and the training.
 
-        Returns:
-            Path of the file.
-
         Raises:
             ValueError: an unknown prompt, a key of another form, or scores of other images than `rows`.
             OSError: the file can't be written; what stood there before is untouched.
@@ -130,10 +127,11 @@ class Recorder:
         for table in (scores, scores if baseline is None else baseline):
             if list(table.image_id) != list(self.rows.image_id):
                 raise ValueError("scores and rows are of different images; score these very rows")
-        result = {
-            "summary": _nested(metrics.summary(scores, seed=self.seed)),
-            "gain_over_ellipse": {} if baseline is None else self._gain(scores, baseline),
-        }
+        result = {"summary": _nested(metrics.summary(scores, seed=self.seed)), "gain_over_ellipse": {}}
+        if baseline is not None:
+            gain = metrics.paired(scores, baseline, seed=self.seed).set_index("set").loc["lesions"]
+            ends = {"mean": gain.difference, "low": gain.low, "high": gain.high}
+            result["gain_over_ellipse"] = {end: round(value, 5) for end, value in ends.items()}
         per_image = scores.drop(columns="source").round(5).to_dict(orient="list")
         return self._write("segmentation", key, title, prompt, seconds, details, result, per_image)
 
@@ -164,12 +162,6 @@ class Recorder:
             "signature": data.signature(rows),
         }
 
-    def _gain(self, scores, baseline):
-        lesion = (scores.label != "normal").to_numpy()
-        gain = (scores.dice.to_numpy() - baseline.dice.to_numpy())[lesion]
-        low, high = metrics.bootstrap_interval(gain, scores.group[lesion], seed=self.seed)
-        return {"mean": round(gain.mean(), 5), "low": round(low, 5), "high": round(high, 5)}
-
     def _write(self, task, key, title, prompt, seconds, details, result, per_image):
         allowed = PROMPTS if task == "segmentation" else INPUTS
         if prompt not in allowed:
@@ -179,54 +171,13 @@ class Recorder:
         header = {"format": FORMAT, "key": key, "title": title, "task": task, "prompt": prompt}
         about = {"data": self._data, "seed": self.seed, "profile": self.profile}
         about |= {"device": device_name(self.device), "seconds": round(seconds, 1)}
-        about |= {"versions": versions(), "details": details or {}, "date": _today()}
+        about |= {"versions": versions(), "details": details or {}, "date": str(datetime.date.today())}
         words = [self._data["source"], key, prompt, self._data["split"], f"fold {self.fold}"]
         name = " ".join([*words, f"seed {self.seed} n{len(self.rows)}"]).lower()
         target = folder(self.path) / f"{re.sub(r'[^a-z0-9]+', '-', name)}.json"
         everything = header | result | about | {"per_image": per_image}  # last, for it is long
         cache.write(target, f"{json.dumps(everything, indent=1, allow_nan=False)}\n")
         return target
-
-
-def save(scores, rows, *, seed=0, fold=0, device="cpu", path="", **about) -> Path:
-    """Write a single segmentation result: `Recorder.segmentation`, whose keywords `about` holds."""
-    return Recorder(rows, seed, fold, device, path).segmentation(scores, **about)
-
-
-def save_trials(trials, train, val, *, name, model, measure, settings, path="") -> Path:
-    """Write the trials of a search; the file appears whole or not at all.
-
-    Args:
-        trials: DataFrame from `helpers.scale.search.grid` or `helpers.scale.search.sample`.
-        train, val: rows of the index that were trained on and that gave the scores.
-        name: of the search, its key; with the data's source it names the file.
-        model: the model's name for people, such as "U-Net".
-        measure: what the score is: "Dice" or "accuracy".
-        settings: dict of what all trials share.
-        path: folder of result files, as for `folder`; trials lie in `trials/` there.
-    """
-    source = val.source.iloc[0]
-    about = {"source": source, "split": val.split.iloc[0] if "split" in val else "none"}
-    for subset, rows in (("train", train), ("val", val)):
-        about[subset] = {"images": len(rows), "signature": data.signature(rows)}
-    header = {"format": FORMAT, "key": name, "title": model, "measure": measure, "data": about}
-    header |= {"settings": settings, "date": _today()}
-    # Each trial notes device and versions, for a cluster may mix them; mostly all are the same.
-    machines = trials[["device", "versions"]].to_dict("records")
-    known = [machine for k, machine in enumerate(machines) if machine not in machines[:k]]
-    rows = trials.drop(columns=["device", "versions"]).assign(
-        score=trials.score.astype(object).where(trials.score.notna(), None),
-        machine=[known.index(machine) for machine in machines],
-    )
-    lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows.to_dict("records"))
-    text = json.dumps(header | {"machines": known}, indent=1).removesuffix("\n}")
-    target = folder(path) / "trials" / f"{source}-{name}.json".lower().replace(" ", "-")
-    cache.write(target, f'{text},\n "trials": [\n{lines}\n ]\n}}\n')
-    return target
-
-
-def _today():
-    return datetime.date.today().isoformat()
 
 
 def trained(history: pd.DataFrame, config: dict) -> dict:

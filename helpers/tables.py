@@ -6,6 +6,7 @@
 import pandas as pd
 
 from helpers import cache, data, metrics
+from helpers.metrics import interval_text
 from helpers.results import INPUTS, PROMPTS, folder, load_all, opened, select
 
 # What the comparison wants to see: the notebook that makes it, the key and the prompt.
@@ -33,34 +34,13 @@ PUBLISHED = (
 )
 
 
-def missing(results: pd.DataFrame) -> pd.DataFrame:
-    """List what the comparison lacks.
-
-    Args:
-        results: DataFrame from `select`.
-
-    Returns:
-        DataFrame: `missing` (key and prompt) and `notebook`, which makes it; empty where all is there.
-    """
-    there = set(zip(results.key, results.prompt))
-    lacking = [
-        {"missing": f"{key}, {prompt}", "notebook": f"{notebook}.ipynb"}
-        for notebook, key, prompt in EXPECTED
-        if (key, prompt) not in there
-    ]
-    return pd.DataFrame(lacking, columns=["missing", "notebook"])
-
-
 def table(results: pd.DataFrame) -> pd.DataFrame:
-    """Lay segmentation rows out for reading, automatic rows first, ground-truth boxes last.
-
-    Args:
-        results: DataFrame from `select`.
+    """Lay segmentation rows of `select` out for reading, automatic rows first, ground-truth boxes last.
 
     Returns:
-        DataFrame of text: prompt, model, images (normal ones included where nothing is prompted), mean
-        Dice on lesion images with its interval (all, benign, malignant), HD95, NSD, the share of
-        normal images with a false alarm, and the gain in Dice over the ellipse.
+        DataFrame of text: prompt, model, images (normal ones included where nothing is prompted), mean Dice
+        on lesion images with its interval (all, benign, malignant), HD95, NSD, the share of normal images
+        with a false alarm, and the gain in Dice over the ellipse.
     """
     rows = _ordered(results[results.task == "segmentation"], PROMPTS)
     columns = {"Prompt": rows.prompt, "Model": rows.title, "Images": rows.images.astype(str)}
@@ -75,10 +55,7 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def class_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Lay classification rows out for reading, those from the image alone first.
-
-    Args:
-        results: DataFrame from `select`.
+    """Lay classification rows of `select` out for reading, those from the image alone first.
 
     Returns:
         DataFrame of text: what the model is given, model, images, and each metric of
@@ -107,37 +84,24 @@ def leakage_table(results: pd.DataFrame, fold=0, seed=0, source="BUSI") -> pd.Da
         DataFrame of text, one row per model that has both: model, which score, its value on the
         grouped and on the random split with intervals, and the difference; no row where none has.
     """
-    lines = []
-    for row in _on_both_splits(results, fold, seed, source).to_dict("records"):
-        line = {"Model": row["title"], "Score": row["score_name"]}
-        for split in ("grouped", "random"):
-            line[f"{split.capitalize()} split"] = _interval(
-                *(row[f"{end}_{split}"] for end in ("score", "low", "high"))
-            )
-        lines.append(line | {"Difference": f"{row['score_random'] - row['score_grouped']:+.3f}"})
-    titles = ["Model", "Score", "Grouped split", "Random split", "Difference"]
-    return pd.DataFrame(lines, columns=titles)
-
-
-def _on_both_splits(results, fold, seed, source):
-    """Return the main score of each model that was scored on both splits."""
     results = results[results.source.eq(source) & results.fold.eq(fold) & results.seed.eq(seed)]
-    splits = []
-    for split in ("grouped", "random"):
-        rows = results[results.split == split]
-        splits.append(rows[rows.images == rows.groupby("task").images.transform("max")])
-    names = ["key", "prompt", "score_name", "score", "low", "high"]
-    grouped, random = splits[0][["title", *names]], splits[1][names]
-    return grouped.merge(random, on=names[:3], suffixes=("_grouped", "_random"))
+    results = results[results.images == results.groupby(["task", "split"]).images.transform("max")]
+    grouped, random = (results[results.split == split] for split in ("grouped", "random"))
+    both = grouped.merge(random, on=["key", "prompt", "score_name"], suffixes=("", "_random"))
+    columns = {"Model": both.title, "Score": both.score_name}
+    for split, end in (("Grouped", ""), ("Random", "_random")):
+        values = zip(both[f"score{end}"], both[f"low{end}"], both[f"high{end}"])
+        columns[f"{split} split"] = [interval_text(*value) for value in values]
+    columns["Difference"] = (both.score_random - both.score).map("{:+.3f}".format)
+    return pd.DataFrame(columns)
 
 
-def folds_table(results: pd.DataFrame, key="pipeline", seed=0, source="BUSI") -> pd.DataFrame:
-    """Show a pipeline on each test fold, each time trained without it, and the mean over the folds.
+def folds_table(results: pd.DataFrame, source="BUSI") -> pd.DataFrame:
+    """Show the pipeline on each test fold, each time trained without it, and the mean over the folds.
 
     Args:
         results: DataFrame from `load_all`.
-        key: of the pipeline's results.
-        seed, source: as for `select`.
+        source: as for `select`.
 
     Returns:
         DataFrame of text, one row per fold that was scored, and with all five their mean: test fold, and
@@ -152,7 +116,7 @@ def folds_table(results: pd.DataFrame, key="pipeline", seed=0, source="BUSI") ->
         "Malignant sensitivity": ("all_sensitivity", ".3f"),
         "Calibration error": ("all_calibration_error", ".3f"),
     }
-    wanted = {"key": key, "seed": seed, "source": source, "split": "grouped"}
+    wanted = {"key": "pipeline", "seed": 0, "source": source, "split": "grouped"}
     rows = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     rows = rows[rows.images == rows.groupby("fold").images.transform("max")]
     # The files of segmentation and classification of a fold fill each other's gaps.
@@ -166,49 +130,8 @@ def folds_table(results: pd.DataFrame, key="pipeline", seed=0, source="BUSI") ->
     return pd.DataFrame({"Test fold": folds.index.astype(str)} | texts)
 
 
-def conclusion(results: pd.DataFrame, everything: pd.DataFrame) -> str:
-    """Say in words what the rows show: Markdown, every number read from them.
-
-    Args:
-        results: DataFrame from `select`.
-        everything: DataFrame from `load_all`, for the random split.
-    """
-    best = "{title} is best: Dice {score} on lesion images."
-    alarms = "It marks something on {alarms:.0%} of the normal ones."
-    sentences = {
-        "none": f"Without a box, {best} {alarms}",
-        "predicted box": f"With a box that it predicts itself, {best} {alarms}",
-        "ground-truth box": "With the ground-truth box, which comes from the answer, {title} reaches Dice "
-        "{score}; over an ellipse that fills the same box it gains {gain:+.3f}.",
-        "image alone": "From the image alone, {title} classifies best: accuracy {score}, balanced "
-        "{all_balanced_accuracy:.3f}; it finds {all_sensitivity:.0%} of the malignant lesions.",
-        "ground-truth mask alone": "The ground-truth mask alone, without the image, gives accuracy {score}: "
-        "laying it over the image leaks the label.",
-    }
-    lines = []
-    for prompt, sentence in sentences.items():
-        rows = results[results.prompt == prompt]
-        if len(rows):
-            row = rows.loc[rows.score.idxmax()].to_dict()
-            row["alarms"] = 1 - row.get("normal_dice", float("nan"))
-            row["score"] = f"**{row['score']:.3f}** [{row['low']:.3f}, {row['high']:.3f}]"
-            lines.append(sentence.format(**row))
-    first = results.iloc[0]
-    pairs = _on_both_splits(everything, first.fold, first.seed, first.source)
-    lines += [
-        f"On a random split, {row.title} scores {row.score_random - row.score_grouped:+.3f} "
-        f"{row.score_name} against the grouped one."
-        for row in pairs.itertuples()
-    ]
-    lines += [f"Missing: {row.missing}; run {row.notebook}." for row in missing(results).itertuples()]
-    return "\n".join(f"- {line}" for line in lines)
-
-
 def beside_published(results: pd.DataFrame) -> pd.DataFrame:
-    """Put the reference project's table beside our runs, in the same losses.
-
-    Args:
-        results: DataFrame from `select`.
+    """Put the reference project's table beside our rows of `select`, in the same losses.
 
     Returns:
         DataFrame of text: network, loss, its published training and validation value and the published
@@ -234,15 +157,11 @@ def _text(value, digits):
     return "" if pd.isna(value) else f"{value:{digits}}"
 
 
-def _interval(mean, low, high, digits=".3"):
-    return "" if pd.isna(mean) else f"{mean:{digits}f} [{low:{digits}f}, {high:{digits}f}]"
-
-
 def _with_interval(rows, column, digits):
     if column not in rows:
         return [""] * len(rows)
     parts = rows[column], rows[f"{column}_low"], rows[f"{column}_high"]
-    return [_interval(*values, digits) for values in zip(*parts)]
+    return [interval_text(*values, digits) for values in zip(*parts)]
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -251,27 +170,21 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def ablation_table(path="") -> pd.DataFrame:
+def ablation_table() -> pd.DataFrame:
     """Lay results/ablation.csv out for reading: what each variant of fine-tuning gave on validation.
-
-    Args:
-        path: folder of result files, as for `folder`.
 
     Returns:
         DataFrame of text: variant, the epoch that was kept, and mean Dice with tight boxes (all, benign,
         malignant) and with jittered ones.
     """
-    variants = pd.read_csv(folder(path) / "ablation.csv")
-    columns = {"Variant": variants.variant}
-    columns["Kept epoch"] = [_text(epoch, ".0f") for epoch in variants.kept_epoch]
-    for column, title in (
-        ("tight_dice", "Dice, tight box"),
-        ("tight_benign", "benign"),
-        ("tight_malignant", "malignant"),
-        ("jittered_dice", "Dice, jittered box"),
-    ):
-        columns[title] = variants[column].map("{:.4f}".format)
-    return pd.DataFrame(columns)
+    titles = {"variant": "Variant", "kept_epoch": "Kept epoch", "tight_dice": "Dice, tight box"}
+    titles |= {"tight_benign": "benign", "tight_malignant": "malignant"}
+    titles |= {"jittered_dice": "Dice, jittered box"}
+    variants = pd.read_csv(folder() / "ablation.csv")[list(titles)]
+    variants["kept_epoch"] = [_text(epoch, ".0f") for epoch in variants.kept_epoch]
+    dice = list(titles)[2:]
+    variants[dice] = variants[dice].map("{:.4f}".format)
+    return variants.rename(columns=titles)
 
 
 def tuned_table(path="") -> pd.DataFrame:
@@ -285,32 +198,30 @@ def tuned_table(path="") -> pd.DataFrame:
         DataFrame of text: model, config, images, which score, its mean over seeds with the interval over
         groups, each seed's, and the gain over the default on the same images.
     """
-    parts = {}
+    parts: dict[str, list] = {}
     for file in sorted((folder(path) / "tuned").glob("*.json")):
         with opened(file) as result:
             images = result["per_image"]
-            model, _, config = result["key"].rpartition("-")
-            scores = {name: images[name] for name in ("image_id", "label", "group")}
-            scores |= {"config": config, "seed": result["seed"]}
+            scores = pd.DataFrame({name: images[name] for name in ("image_id", "label", "group")})
             if result["task"] == "classification":
                 found = pd.DataFrame(images["probability"]).idxmax(axis=1)
-                scores = pd.DataFrame(scores | {"score": (found == images["label"]).astype(float)})
+                scores = scores.assign(score=(found == scores.label).astype(float), measure="accuracy")
             else:
-                scores = pd.DataFrame(scores | {"score": images["dice"]}).query("label != 'normal'")
-            name = "accuracy" if result["task"] == "classification" else "Dice"
+                scores = scores.assign(score=images["dice"], measure="Dice").query("label != 'normal'")
+            model, _, config = result["key"].rpartition("-")
             title = result["title"].removesuffix(f", {config}")
-            parts.setdefault(model, (title, name, []))[2].append(scores)
+            parts.setdefault(model, []).append(scores.assign(title=title, config=config, seed=result["seed"]))
     rows = []
-    for model, name, each in parts.values():
+    for each in parts.values():
         scores = pd.concat(each, ignore_index=True)
         for row in metrics.compare(scores, "default").to_dict("records"):
-            line = {"Model": model, "Config": row["config"]}
-            line |= {"Images": str(scores.image_id.nunique()), "Score": name}
-            line["Mean of the seeds"] = _interval(row["mean"], row["low"], row["high"])
+            line = {"Model": scores.title[0], "Config": row["config"]}
+            line |= {"Images": str(scores.image_id.nunique()), "Score": scores.measure[0]}
+            line["Mean of the seeds"] = interval_text(row["mean"], row["low"], row["high"])
             seeds = [value for title, value in row.items() if title.startswith("seed ")]
             line["Each seed"] = ", ".join(f"{value:.3f}" for value in seeds)
             low, high = row.get("gain_low"), row.get("gain_high")
-            rows.append(line | {"Gain over the default": _interval(row.get("gain"), low, high, "+.3")})
+            rows.append(line | {"Gain over the default": interval_text(row.get("gain"), low, high, "+.3")})
     return pd.DataFrame(rows)
 
 

@@ -70,10 +70,10 @@ def test_lesions_found_and_false_alarms_are_counted_one_by_one(index):
 
 
 def test_what_no_image_can_tell_is_left_out_of_the_sum(rows, perfect):
-    everything = metrics.detection_summary(evaluate.detection(rows, perfect))
+    everything = evaluate.detection_summary(evaluate.detection(rows, perfect))
     assert everything["sensitivity"] == 1
     assert everything["false_alarms_per_normal_image"] == 0
-    only = metrics.detection_summary(evaluate.detection(data.lesions(rows), perfect))
+    only = evaluate.detection_summary(evaluate.detection(data.lesions(rows), perfect))
     assert set(only) == {"sensitivity", "false_alarms_per_lesion_image"}
 
 

@@ -8,9 +8,10 @@ import pytest
 from helpers import data, metrics, results
 
 
-def save(run, path, **changes):
-    settings = {"key": "box-ellipse", "title": "ellipse in the box", "prompt": "ground-truth box"}
-    return results.save(*run, path=path, **(settings | changes))
+def save(run, path, seed=0, fold=0, **changes):
+    scores, rows = run
+    about = {"key": "box-ellipse", "title": "ellipse in the box", "prompt": "ground-truth box"} | changes
+    return results.Recorder(rows, seed, fold, path=path).segmentation(scores, **about)
 
 
 def test_a_row_says_where_it_comes_from(run, tmp_path):

@@ -1,3 +1,4 @@
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,9 +6,10 @@ import pytest
 from helpers import data, metrics, prompts, results, tables
 
 
-def save(run, path, **changes):
-    settings = {"key": "box-ellipse", "title": "ellipse in the box", "prompt": "ground-truth box"}
-    return results.save(*run, path=path, **(settings | changes))
+def save(run, path, seed=0, fold=0, **changes):
+    scores, rows = run
+    about = {"key": "box-ellipse", "title": "ellipse in the box", "prompt": "ground-truth box"} | changes
+    return results.Recorder(rows, seed, fold, path=path).segmentation(scores, **about)
 
 
 def test_committed_results_are_of_one_test_fold():
@@ -140,16 +142,25 @@ def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_pat
     assert table.Accuracy.iloc[-1] == "1.000"
 
 
-def test_what_is_missing_names_its_notebook(filled):
+def test_notebook_06_names_what_is_missing_and_what_is_largest(filled):
     rows, everything = filled
-    lacking = tables.missing(rows)
-    assert len(lacking) == len(tables.EXPECTED) - 2
-    assert "03_medsam.ipynb" in lacking.notebook.tolist()
     worse = rows.assign(key="another", title="worse", score=rows.score - 0.1)
-    said = tables.conclusion(pd.concat([worse, rows], ignore_index=True), everything)
-    assert "Without a box, U-Net, grouped is best: Dice **0.700**" in said
-    assert "on 25% of the normal ones" in said
-    assert "VGG-16 classifies best: accuracy **1.000**" in said
+    notebook = nbformat.read(results.folder().parent / "notebooks/06_metrics_comparison.ipynb", as_version=4)
+    names = {"np": np, "pd": pd, "tables": tables, "Markdown": str, "everything": everything}
+    names |= {"rows": pd.concat([worse, rows], ignore_index=True)}
+    names |= {"leakage": tables.leakage_table(everything, source="synthetic")}
+    names["confidence"] = pd.DataFrame({"probability": [0.55], "Dice loss": [0.57]})
+    names["nothing"] = pd.DataFrame({"pixel_accuracy": [0.9]})
+    lists = next(cell.source for cell in notebook.cells if "tables.EXPECTED" in cell.source)
+    exec(lists, names)
+    assert len(names["missing"]) == len(tables.EXPECTED) - 2
+    assert "03_medsam" in names["missing"].notebook.tolist()
+    exec(notebook.cells[-1].source.replace("\nMarkdown(", "\nsaid = Markdown("), names)
+    said = names["said"]
+    assert "Without a box, the largest mean Dice on lesion images is **0.700**" in said
+    assert "by U-Net, grouped; it marks something on 25% of the normal ones" in said
+    assert "From the image alone, the largest mean accuracy is **1.000**" in said
+    assert "by VGG-16: balanced 1.000" in said
     assert "scores +0.050 Dice against the grouped one" in said
     assert "Missing: medsam-released, ground-truth box; run 03_medsam.ipynb." in said
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from helpers import data, metrics
 from helpers.pipeline import robustness
 
+FOUND = 0.5  # least IoU of a predicted part with the lesion that it finds
 FAILED = 0.5  # Dice below which a segmentation has failed
 CAUSES = {
     "missed": "nothing is segmented",
@@ -68,8 +69,41 @@ def class_probabilities(findings: dict) -> np.ndarray:
 
 
 def detection(rows: pd.DataFrame, findings: dict) -> pd.DataFrame:
-    """Count lesions found and false alarms: `helpers.metrics.detection` of findings."""
-    return metrics.detection(rows, {name: finding.masks for name, finding in findings.items()})
+    """Count lesions found and false alarms, lesion by lesion.
+
+    A lesion, which is a connected part of the truth, is found where a predicted part has at least `FOUND` in
+    IoU with it; a predicted part that finds none is a false alarm.
+
+    Returns:
+        DataFrame, one row per image: `image_id`, `label`, `group`, `lesions`, `found` and `false_alarms`.
+    """
+    lines = []
+    for row in rows.itertuples():
+        count, parts = cv2.connectedComponents(data.read_truth(row).astype(np.uint8), connectivity=8)
+        lesions, masks = [parts == part for part in range(1, count)], findings[row.image_id].masks
+        iou = [[(one & mask).sum() / (one | mask).sum() for mask in masks] for one in lesions]
+        hits = np.reshape(iou, (len(lesions), len(masks))) >= FOUND
+        line = {"image_id": row.image_id, "label": row.label, "group": row.group}
+        line |= {"lesions": len(lesions), "found": int(hits.any(axis=1).sum())}
+        lines.append(line | {"false_alarms": int((~hits.any(axis=0)).sum())})
+    return pd.DataFrame(lines)
+
+
+def detection_summary(found: pd.DataFrame) -> dict[str, float]:
+    """Sum `detection` up, as means over lesions and over images.
+
+    Returns:
+        dict of `sensitivity` and `false_alarms_per_lesion_image`, and `false_alarms_per_normal_image`; what
+        the images can't tell, for want of such a class, is left out.
+    """
+    lesion, normal = found[found.label != "normal"], found[found.label == "normal"]
+    summed = {}
+    if len(lesion):
+        summed["sensitivity"] = float(lesion.found.sum() / lesion.lesions.sum())
+        summed["false_alarms_per_lesion_image"] = float(lesion.false_alarms.mean())
+    if len(normal):
+        summed["false_alarms_per_normal_image"] = float(normal.false_alarms.mean())
+    return summed
 
 
 def record(recorder, pipeline, findings: dict, scores: pd.DataFrame, seconds: float) -> list[Path]:
@@ -82,7 +116,7 @@ def record(recorder, pipeline, findings: dict, scores: pd.DataFrame, seconds: fl
         scores: DataFrame from `helpers.metrics.score` of the findings' masks.
     """
     training = {name: value for name, value in pipeline.card.items() if name != "trained_on"}
-    counts = metrics.detection_summary(detection(recorder.rows, findings))
+    counts = detection_summary(detection(recorder.rows, findings))
     about = {"key": "pipeline", "title": "automatic pipeline", "seconds": seconds}
     about["details"] = {"detection": counts, "training": training}
     classes = class_probabilities(findings)

@@ -120,11 +120,33 @@ def _check_space(task, space):
 # What came out
 
 
-def save(task: Task, trials: pd.DataFrame, name: str, path="") -> Path:
-    """Write the trials of a search to a result file: see `helpers.results.save_trials`."""
-    model = MODELS[task.model]
-    about = {"name": name, "model": model.title, "measure": model.measure, "settings": task.fixed}
-    return results.save_trials(trials, task.train, task.val, path=path, **about)
+def save(task: Task, trials: pd.DataFrame, name: str, path: str | Path = "") -> Path:
+    """Write the trials of a search to a result file in `trials/`, which appears whole or not at all.
+
+    Args:
+        task: Task.
+        trials: from `grid` or `sample`.
+        name: of the search, its key; with the data's source it names the file.
+        path: folder of result files, as for `helpers.results.folder`.
+    """
+    model, source = MODELS[task.model], task.val.source.iloc[0]
+    about = {"source": source, "split": task.val.split.iloc[0] if "split" in task.val else "none"}
+    for subset, rows in (("train", task.train), ("val", task.val)):
+        about[subset] = {"images": len(rows), "signature": data.signature(rows)}
+    header = {"format": results.FORMAT, "key": name, "title": model.title, "measure": model.measure}
+    header |= {"data": about, "settings": task.fixed, "date": str(pd.Timestamp.now().date())}
+    # Each trial notes device and versions, for a cluster may mix them; mostly all are the same.
+    machines = trials[["device", "versions"]].to_dict("records")
+    known = [machine for k, machine in enumerate(machines) if machine not in machines[:k]]
+    rows = trials.drop(columns=["device", "versions"]).assign(
+        score=trials.score.astype(object).where(trials.score.notna(), None),
+        machine=[known.index(machine) for machine in machines],
+    )
+    lines = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in rows.to_dict("records"))
+    text = json.dumps(header | {"machines": known}, indent=1).removesuffix("\n}")
+    target = results.folder(path) / "trials" / f"{source}-{name}.json".lower().replace(" ", "-")
+    cache.write(target, f'{text},\n "trials": [\n{lines}\n ]\n}}\n')
+    return target
 
 
 def by_value(task: Task, trials: pd.DataFrame, factors: dict) -> pd.DataFrame:
