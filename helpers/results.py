@@ -180,6 +180,11 @@ class Recorder:
         return target
 
 
+def save(scores, rows, *, seed=0, fold=0, device="cpu", path="", **about) -> Path:
+    """Write a single segmentation result: `Recorder.segmentation`, whose keywords `about` holds."""
+    return Recorder(rows, seed, fold, device, path).segmentation(scores, **about)
+
+
 def trained(history: pd.DataFrame, config: dict) -> dict:
     """Sum the history of a `fit` up for `details`: its config, the epoch kept and its losses, the time."""
     best = history[history.best].iloc[0]

@@ -175,7 +175,5 @@ def test_colours_of_roc_curves_are_those_of_the_labels(rows):
 
 def test_heat_maps_lie_over_their_pictures(rows):
     image = data.read_image(rows.image_path[0])
-    figure = plots.pictures(
-        [image] * 2, "ab", "Heat", rows, maps=np.stack([image[..., 0] / 255] * 2)
-    )
+    figure = plots.pictures([image] * 2, "ab", "Heat", rows, maps=np.stack([image[..., 0] / 255] * 2))
     assert len(figure.axes[0].images) == len(figure.axes[1].images) == 2

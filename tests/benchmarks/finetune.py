@@ -34,9 +34,7 @@ FASTER, OVER = 8.5, 1.06  # of the usual loop's time, of the limit's
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--images", type=int, default=16, help="to train on; a third of it validates"
-    )
+    parser.add_argument("--images", type=int, default=16, help="to train on; a third of it validates")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--checkpoint", default="lite-medsam", help="or vit-b, random weights")
     parser.add_argument("--precision", default="auto", help="of ours and of the limit")
@@ -143,18 +141,13 @@ def learn(segmenter, train, val, epochs, example, begun):
             logits = segmenter.decode(torch.cat(features), torch.cat(boxes))
         logits = logits[:, None].float()
         targets = torch.stack(
-            [
-                target(*pair, logits.shape[-1], segmenter.preprocessing)
-                for pair in zip(truths, sizes)
-            ]
+            [target(*pair, logits.shape[-1], segmenter.preprocessing) for pair in zip(truths, sizes)]
         )
         return criterion(logits, targets)
 
     for epoch in range(1, epochs + 1):
         order = np.random.default_rng([SEED, epoch]).permutation(len(train))
-        batches = [
-            list(train.iloc[order[i : i + BATCH]].itertuples()) for i in range(0, len(train), BATCH)
-        ]
+        batches = [list(train.iloc[order[i : i + BATCH]].itertuples()) for i in range(0, len(train), BATCH)]
         for batch in batches:
             loss = loss_of(batch)
             optimizer.zero_grad()
