@@ -151,9 +151,9 @@ def test_one_atomic_write():
     assert sorted(uses - REPLACERS.keys()) == []
 
 
-@pytest.mark.parametrize("folder", ["helpers", "README.md"])
+@pytest.mark.parametrize("folder", ["helpers", "notebooks", "README.md"])
 def test_terms_are_the_fields_own(folder):
-    paths = [path for end in ("py", "md", "json") for path in (ROOT / folder).rglob(f"*.{end}")]
+    paths = [path for end in ("py", "md", "json", "ipynb") for path in (ROOT / folder).rglob(f"*.{end}")]
     found = []
     for path in paths or [ROOT / folder]:
         text = path.read_text(encoding="utf-8")
