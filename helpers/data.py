@@ -31,7 +31,8 @@ KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
 N_FOLDS = 5
 LEAST_PRETRAINING = 8  # images per class, so that there are five folds
 PRETRAINING_SEED = 11
-COLUMNS = "image_id label image_path mask_paths group objection annotation same_frame source".split()
+COLUMNS = ["image_id", "label", "image_path", "mask_paths", "group", "objection", "annotation"]
+COLUMNS += ["same_frame", "source"]
 
 
 def find_busi(root: str | Path | None = None) -> Path:
@@ -331,7 +332,7 @@ def split(index: pd.DataFrame, fold: int = 0, seed: int = 0, grouped: bool = Tru
     Args:
         index: DataFrame from `load_index` or `load_busbra`, whole: filter after the split, for a part of
             the groups gets other folds than all of them.
-        fold: 0 to 4.
+        fold: 0 to 4, else ValueError.
         seed: 0 reads the stored folds of BUSI, the same on every machine; those of another seed come from
             the installed scikit-learn.
         grouped: False splits image by image, as most papers do: each image then counts as a group of its

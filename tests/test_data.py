@@ -29,8 +29,8 @@ def test_table_holds_busi():
     assert TABLE.n_masks.sum() == 798
     assert (TABLE.n_masks > 1).sum() == 17
     assert TABLE.group_same_frame.nunique() == 593
-    conflicts = data.conflicting(table_index().rename(columns={"group_same_frame": "same_frame"}))
-    assert conflicts.same_frame.nunique() == 8
+    conflicts = TABLE[TABLE.groupby("group_same_frame")["class"].transform("nunique") > 1]
+    assert conflicts.group_same_frame.nunique() == 8
     assert len(conflicts) == 19
     assert set(conflicts.objection) == {"multiclass"}
     assert TABLE.group_extended.nunique() == 555
@@ -152,12 +152,12 @@ def test_index_keeps_the_columns_of_its_table(index, synthetic_root):
     assert index.group.tolist() != index.same_frame.tolist()
 
 
-def test_related_and_conflicting(index):
+def test_related_rows_stand_side_by_side(index):
     related = data.related(index)
     assert related.same_frame.value_counts().min() >= 2
-    conflicts = data.conflicting(index)
+    assert (related.same_frame != related.same_frame.shift()).sum() == related.same_frame.nunique()
+    conflicts = related[related.groupby("same_frame").label.transform("nunique") > 1]
     assert set(conflicts.objection) == {"multiclass"}
-    assert conflicts.groupby("same_frame").label.nunique().min() == 2
 
 
 def test_measure(index):
