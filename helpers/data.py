@@ -103,28 +103,25 @@ def load_index(root: str | Path | None = None) -> pd.DataFrame:
         else:
             images[path.stem] = path
     _check_complete(folder, table, images, masks)
-    index = table.assign(
+    index = table.rename(columns={"image": "image_id", "class": "label"}).assign(
         image_path=table.image.map(images),
         mask_paths=table.image.map(masks),
+        group=table.group_extended,
+        same_frame=table.group_same_frame,
         source="synthetic" if is_synthetic else "BUSI",
     )
-    names = {
-        "image": "image_id",
-        "class": "label",
-        "group_extended": "group",
-        "group_same_frame": "same_frame",
-    }
-    return index.rename(columns=names)[[*COLUMNS, *index.columns.intersection(["fold"])]]
+    return index[[*COLUMNS, *index.columns.intersection(["fold"])]]
 
 
 def _check_complete(folder, table, images, masks):
-    foreign, advice = sorted(set(images) - set(table.image)), "take them out, or fetch the original set"
+    foreign = sorted(set(images) - set(table.image))
+    advice = "take them out, or fetch the original set"
     _refuse(foreign, ValueError, f"{folder} holds", "files that BUSI does not have", advice)
-    lost, advice = [name for name in table.image if name not in images], "fetch the set again"
-    _refuse(lost, FileNotFoundError, f"{folder} lacks", f"of {len(table)} images", advice)
+    lost = [name for name in table.image if name not in images]
+    _refuse(lost, FileNotFoundError, f"{folder} lacks", f"of {len(table)} images", "fetch the set again")
     surplus = table.image.map(masks).map(len, na_action="ignore").fillna(0) - table.n_masks
     lost, added = list(table.image[surplus < 0]), list(table.image[surplus > 0])
-    _refuse(lost, FileNotFoundError, f"{folder} lacks mask files of", "images", advice)
+    _refuse(lost, FileNotFoundError, f"{folder} lacks mask files of", "images", "fetch the set again")
     advice = "take them out: every mask file counts as truth"
     _refuse(added, ValueError, f"{folder} holds more mask files than BUSI for", "images", advice)
 

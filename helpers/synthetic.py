@@ -1,16 +1,15 @@
 """Synthetic breast-ultrasound images in BUSI's own layout, for whoever can't have BUSI itself.
 
-A frame starts as a map of echogenicity in dB (skin, fat with Cooper's ligaments, fibroglandular
-tissue, pectoral muscle, chest wall) with its lesions, is attenuated along the beam, and is seen
-through fully developed speckle and log compression.
+A frame starts as a map of echogenicity in dB (skin, fat with Cooper's ligaments, fibroglandular tissue,
+pectoral muscle, chest wall) with its lesions, is attenuated along the beam, and is seen through fully
+developed speckle and log compression. The set also has BUSI's flaws, told in a `busi_groups.csv` of its own:
+several masks for one image, near-duplicates, one frame in two class folders, burned-in marks, frames of the
+axilla.
 
-Sources: R. F. Wagner et al., "Statistics of speckle in ultrasound B-scans", IEEE Trans. Sonics
-Ultrason. 30 (1983) 156 (speckle); G. E. Trahey et al., "Speckle pattern correlation with lateral
-aperture translation", IEEE Trans. UFFC 33 (1986) 257 (compounding of looks); A. T. Stavros et al.,
-"Solid breast nodules", Radiology 196 (1995) 123 (what benign and malignant lesions look like).
-
-The set also has BUSI's flaws, told in a `busi_groups.csv` of its own: several masks for one image,
-near-duplicates, one frame in two class folders, burned-in marks, frames of the axilla.
+Sources: R. F. Wagner et al., "Statistics of speckle in ultrasound B-scans", IEEE Trans. Sonics Ultrason. 30
+(1983) 156 (speckle); G. E. Trahey et al., "Speckle pattern correlation with lateral aperture translation",
+IEEE Trans. UFFC 33 (1986) 257 (compounding of looks); A. T. Stavros et al., "Solid breast nodules",
+Radiology 196 (1995) 123 (what benign and malignant lesions look like).
 """
 
 import json
@@ -37,18 +36,18 @@ NOISE_DB = -40.0  # electronic noise, against glandular tissue at 0 dB
 def make_busi(root: str | Path, images_per_class: int, seed: int = 0) -> Path:
     """Write a synthetic data set in BUSI's layout, whole or not at all.
 
-    Image k of a class depends on the seed, the class and k alone, so a larger set begins with the
-    images of a smaller one.
+    Image k of a class depends on the seed, the class and k alone, so a larger set begins with the images of a
+    smaller one.
 
     Args:
         root: the folder to make; it may be absent or empty, or hold this very set.
-        images_per_class: images in each of benign, malignant and normal. From 6 on every flaw of
-            BUSI occurs; from 8 on five groups are left per class without the `multiclass` images.
+        images_per_class: images in each of benign, malignant and normal. From 6 on every flaw of BUSI occurs;
+            from 8 on five groups are left per class without the `multiclass` images.
         seed: non-negative int.
 
     Returns:
-        Path: `root`, with `Dataset_BUSI_with_GT/<class>/`, `busi_groups.csv` and, as the sign of a
-        synthetic set, `synthetic.json`.
+        `root`, with `Dataset_BUSI_with_GT/<class>/`, `busi_groups.csv` and, as the sign of a synthetic set,
+        `synthetic.json`.
 
     Raises:
         ValueError: `images_per_class` is below 1.
@@ -100,20 +99,21 @@ def _build(folder, marker):
 def _write_image(folder, label, number, seed):
     """Write one image with its masks and return its row of the table."""
     plan = _plan(label, number)
+    name, source = ("{} ({})".format(*image) for image in (plan.own, plan.source))
     image, masks = _frame(plan, seed)
     colour = number % 40 == 8  # BUSI has a few truly RGB files
     image = burn_in(image, masks, plan.marks, colour, _generator(seed, plan.own, "marks"))
-    Image.fromarray(image).save(folder / f"{_name(plan.own)}.png", compress_level=1)
+    Image.fromarray(image).save(folder / f"{name}.png", compress_level=1)
     for index, mask in enumerate(masks or [np.zeros(image.shape[:2], dtype=bool)]):
         suffix = f"_{index}" if index else ""
         # 1-bit for a lesion, RGB for a normal image: BUSI mixes the forms
         form = Image.fromarray(mask).convert("1" if masks else "RGB")
-        form.save(folder / f"{_name(plan.own)}_mask{suffix}.png", compress_level=1)
+        form.save(folder / f"{name}_mask{suffix}.png", compress_level=1)
     return {
-        "image": _name(plan.own),
+        "image": name,
         "class": label,
-        "group_same_frame": _name(plan.source if plan.same_frame else plan.own),
-        "group_extended": _name(plan.source),
+        "group_same_frame": source if plan.same_frame else name,
+        "group_extended": source,
         "objection": plan.objection,
         "annotation": "&".join(plan.marks),
         "n_masks": max(len(masks), 1),
@@ -140,24 +140,16 @@ def _plan(label, number):
     cycle = number % 12
     if cycle in (4, 5):  # a near-duplicate, another frame of the same lesion
         source = (label, number - 3)
-    conflict = label != "normal" and number % 36 == 6
-    if conflict:
-        source = ("benign", number)
-    marks = {
-        "measurement": label != "normal" and cycle in (4, 8),
-        "text": number % 6 == 2,
-        "pictogram": number % 36 == 1,
-    }
-    objection = "multiclass" if conflict else "axilla" if _is_axilla(*source) else ""
+    objection = "axilla" if _is_axilla(*source) else ""
+    if label != "normal" and number % 36 == 6:
+        source, objection = ("benign", number), "multiclass"
+    marks = {"measurement": label != "normal" and cycle in (4, 8), "text": number % 6 == 2}
+    marks["pictogram"] = number % 36 == 1
     return Plan(own, source, cycle != 5, objection, [name for name, on in marks.items() if on])
 
 
 def _is_axilla(label, number):
     return number % 12 == (9 if label == "benign" else 3)
-
-
-def _name(image):
-    return f"{image[0]} ({image[1]})"
 
 
 def _generator(seed, image, purpose):
@@ -173,8 +165,7 @@ def _frame(plan, seed):
         return _scan(_generator(seed, plan.own, "speckle"), echo_db, lesions)
     change = _generator(seed, plan.own, "frame")
     if plan.same_frame:
-        image, masks = _scan(_generator(seed, plan.source, "speckle"), echo_db, lesions)
-        return _save_again(change, image, masks)
+        return _save_again(change, *_scan(_generator(seed, plan.source, "speckle"), echo_db, lesions))
     return _scan(_generator(seed, plan.own, "speckle"), *_move_probe(change, echo_db, lesions))
 
 
@@ -226,8 +217,7 @@ def _shift(field, down, right):
     """Return `field` as float32 (H, W), each pixel read `down` and `right` px further on."""
     z, x = np.mgrid[: field.shape[0], : field.shape[1]]
     where = [(x + right).astype(np.float32), (z + down).astype(np.float32)]
-    border = cv2.BORDER_REPLICATE
-    return cv2.remap(field.astype(np.float32), *where, cv2.INTER_LINEAR, borderMode=border)
+    return cv2.remap(field.astype(np.float32), *where, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _fibres(rng, shape, scale_z, scale_x, thickness):
@@ -402,16 +392,13 @@ def _scan(rng, echo_db, lesions):
 
 
 def _leftover_gain(rng, shape):
-    """Return what time-gain compensation leaves of the attenuation, float32 (H, W) in dB.
-
-    It falls with depth, ripples between the gain sliders, and is lower below poor contact.
-    """
+    """Return what time-gain compensation leaves of the attenuation, float32 (H, W) in dB."""
     height, width = shape
     z = np.linspace(0, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(0, 1, width, dtype=np.float32)
-    gain = _noise(rng, (height, 2), 0.12 * height, 2)[:, :1]
+    gain = _noise(rng, (height, 2), 0.12 * height, 2)[:, :1]  # it ripples between the gain sliders
     gain = gain - rng.uniform(14, 40) * np.clip(z - rng.uniform(0, 0.35), 0, None)
-    for _ in range(rng.integers(4)):
+    for _ in range(rng.integers(4)):  # places of poor contact
         contact = _line(x - rng.random(), rng.uniform(0.01, 0.05) * (1 + z))
         gain = gain - rng.uniform(2, 8) * z * contact
     return gain - rng.uniform(0, 6) * np.abs(2 * x - 1) ** 3
@@ -420,9 +407,9 @@ def _leftover_gain(rng, shape):
 def _behind(lesion):
     """Return how a lesion changes the echoes in it and behind it, float32 (H, W) in dB.
 
-    The compensation assumes ordinary tissue, so what the beam loses less or more on its way
-    through the lesion stays as posterior enhancement or as a shadow. The way is shorter at the
-    sides, which softens them; refraction darkens the lines that graze the margin.
+    The compensation assumes ordinary tissue, so what the beam loses less or more on its way through the
+    lesion stays as posterior enhancement or as a shadow. The way is shorter at the sides, which softens them;
+    refraction darkens the lines that graze the margin.
     """
     path = np.cumsum(lesion.coverage, axis=0, dtype=np.float32)
     beam = 0.1 * math.sqrt(lesion.mask.sum())
@@ -434,10 +421,10 @@ def _behind(lesion):
 def _speckle(rng, amplitude):
     """Return one look's envelope over fully developed speckle, float32 (H, W), of the same mean power.
 
-    Many scatterers per resolution cell add up to circular complex Gaussian echoes, so the envelope
-    is Rayleigh distributed: its mean is 1.91 of its standard deviations (Wagner 1983). The
-    point-spread function is demodulated, as a carrier only turns phases that are uniform already. The
-    speckle is finer along the beam than across it, and widens with depth.
+    Many scatterers per resolution cell add up to circular complex Gaussian echoes, so the envelope is
+    Rayleigh distributed: its mean is 1.91 of its standard deviations (Wagner 1983). The point-spread function
+    is demodulated, as a carrier only turns phases that are uniform already. The speckle is finer along the
+    beam than across it, and widens with depth.
     """
     height, width = amplitude.shape
     echoes = rng.standard_normal((height, width, 2), dtype=np.float32) * amplitude[..., None]
@@ -455,17 +442,15 @@ def _speckle(rng, amplitude):
 
 
 def burn_in(image: np.ndarray, masks: list, marks, colour: bool, rng) -> np.ndarray:
-    """Draw marks into a frame, as operators do.
+    """Draw marks into a frame, uint8 (H, W) or (H, W, 3), as operators do.
 
     Args:
-        image: uint8 (H, W), or (H, W, 3).
         masks: list of bool (H, W); calipers are set on the first.
         marks: of "measurement", "text" and "pictogram".
         colour: whether the ink is yellow; a grey frame is then returned as (H, W, 3).
         rng: numpy Generator.
     """
-    grey = image.ndim == 2
-    image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if colour and grey else image.copy()
+    image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if colour and image.ndim == 2 else image.copy()
     ink = (230, 220, 60) if colour else (235, 235, 235)
     height, width = image.shape[:2]
     if "measurement" in marks:
