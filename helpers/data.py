@@ -163,11 +163,14 @@ def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.
     """Make synthetic images to pretrain a network on: other ones than those that stand in for BUSI.
 
     Args:
-        images_per_class: `LEAST_PRETRAINING` or more; with fewer, ValueError.
+        images_per_class: `LEAST_PRETRAINING` or more.
         folder: to keep them in; "" is `helpers.cache.folder()`.
 
     Returns:
         (train, val): rows of an index.
+
+    Raises:
+        ValueError: fewer images than can be split.
     """
     if images_per_class < LEAST_PRETRAINING:
         raise ValueError(
@@ -229,7 +232,10 @@ def external(split: pd.DataFrame, limit: int = 0) -> pd.DataFrame:
     """Return the rows of an external test: BUS-BRA's, or (it says so) the test fold's without $BUSBRA_DIR.
 
     The column `split` says "external", so that no table ranks them beside results of the test fold. `split`
-    and `limit` are as for `scored`. FileNotFoundError: $BUSBRA_DIR is set, and BUS-BRA is not there.
+    and `limit` are as for `scored`.
+
+    Raises:
+        FileNotFoundError: $BUSBRA_DIR is set, and BUS-BRA is not there.
     """
     root = os.environ.get("BUSBRA_DIR")
     if not root:
@@ -329,7 +335,7 @@ def split(index: pd.DataFrame, fold: int = 0, seed: int = 0, grouped: bool = Tru
     Args:
         index: DataFrame from `load_index` or `load_busbra`, whole: filter after the split, for a part of
             the groups gets other folds than all of them.
-        fold: 0 to 4, else ValueError.
+        fold: 0 to 4.
         seed: 0 reads the stored folds of BUSI, the same on every machine; those of another seed come from
             the installed scikit-learn.
         grouped: False splits image by image, as most papers do: each image then counts as a group of its
@@ -338,6 +344,9 @@ def split(index: pd.DataFrame, fold: int = 0, seed: int = 0, grouped: bool = Tru
     Returns:
         DataFrame: `index` with the columns `fold`, `subset` ("train", "val" or "test"; no group in two) and
         `split` ("grouped" or "random").
+
+    Raises:
+        ValueError: `fold` is not 0 to 4.
     """
     if fold not in range(N_FOLDS):
         raise ValueError(f"fold {fold!r} is not one of 0 to {N_FOLDS - 1}")

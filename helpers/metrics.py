@@ -99,8 +99,8 @@ def score(rows: pd.DataFrame, masks: dict, surface: bool = True) -> pd.DataFrame
         surface: as for `segmentation`.
 
     Returns:
-        DataFrame with the row labels of `rows`: `image_id`, `label`, `group`, `source` and the
-        metrics of `segmentation`.
+        DataFrame with the row labels of `rows`: `image_id`, `label`, `group`, `source` and the metrics of
+        `segmentation`.
 
     Raises:
         KeyError: a row has no mask; nothing is left out of a mean in silence.
@@ -114,25 +114,20 @@ def score(rows: pd.DataFrame, masks: dict, surface: bool = True) -> pd.DataFrame
 
 
 def summary(scores: pd.DataFrame, metrics=SEGMENTATION, seed: int = 0) -> pd.DataFrame:
-    """Summarise per-image scores: the mean of each metric with its 95 % interval.
-
-    Args:
-        scores: DataFrame from `score`.
-        metrics: columns to summarise.
-        seed: of the bootstrap.
+    """Summarise scores from `score`: the mean of each of `metrics` with its 95 % interval.
 
     Returns:
-        DataFrame, one row per set of images ("lesions", then each label) and metric, with `images`,
-        `groups`, `mean`, `median`, `low` and `high`.
+        DataFrame, one row per set of images ("lesions", then each label) and metric, with `images`, `groups`,
+        `mean`, `median`, `low` and `high`.
     """
     table = []
     for name, part in _sets(scores):
         for metric in metrics:
             values = part[metric]
             low, high = bootstrap_interval(values, part.group, seed=seed)
-            line = {"set": name, "metric": metric, "images": len(part)}
-            line |= {"groups": part.group.nunique(), "mean": values.mean()}
-            table.append(line | {"median": values.median(), "low": low, "high": high})
+            line = {"set": name, "metric": metric, "images": len(part), "groups": part.group.nunique()}
+            line |= {"mean": values.mean(), "median": values.median(), "low": low, "high": high}
+            table.append(line)
     return pd.DataFrame(table)
 
 
@@ -192,18 +187,13 @@ def bootstrap_interval(values, groups=None, seed: int = 0) -> tuple[float, float
 
 
 def paired(after: pd.DataFrame, before: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Compare the Dice of two models image by image.
-
-    Args:
-        after: DataFrame from `score`.
-        before: DataFrame from `score`, of the same rows.
-        seed: of the bootstrap.
+    """Compare the Dice of two models image by image: their scores from `score`, of the same rows.
 
     Returns:
         DataFrame, one row per set of images ("lesions", then each label): `images`, `difference` (mean of
-        after - before) with its 95 % interval `low`, `high` over groups, `better` and `worse`
-        (images), and `p_value` of Wilcoxon's signed-rank test over the groups' mean differences
-        (two-sided; NaN where no group differs).
+        after - before) with its 95 % interval `low`, `high` over groups, `better` and `worse` (images), and
+        `p_value` of Wilcoxon's signed-rank test over the groups' mean differences (two-sided; NaN where no
+        group differs).
 
     Raises:
         ValueError: the two score other images.
@@ -212,27 +202,25 @@ def paired(after: pd.DataFrame, before: pd.DataFrame, seed: int = 0) -> pd.DataF
 
     if list(after.image_id) != list(before.image_id):
         raise ValueError("the two score different images; score the same rows with both models")
-    table = after[["image_id", "label", "group"]].assign(
-        difference=after.dice.to_numpy() - before.dice.to_numpy()
-    )
+    difference = after.dice.to_numpy() - before.dice.to_numpy()
+    table = after[["image_id", "label", "group"]].assign(difference=difference)
     lines = []
     for name, part in _sets(table):
         low, high = bootstrap_interval(part.difference, part.group, seed=seed)
         by_group = part.groupby("group").difference.mean()
+        better, worse = (part.difference > 0).sum(), (part.difference < 0).sum()
         line = {"set": name, "images": len(part), "difference": part.difference.mean()}
-        line |= {"low": low, "high": high, "better": int((part.difference > 0).sum())}
-        line |= {"worse": int((part.difference < 0).sum())}
+        line |= {"low": low, "high": high, "better": int(better), "worse": int(worse)}
         lines.append(line | {"p_value": wilcoxon(by_group).pvalue if by_group.any() else np.nan})
     return pd.DataFrame(lines)
 
 
 def compare(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Compare configs over seeds and images.
+    """Compare configs with the config `baseline`, over seeds and images.
 
     Args:
         scores: DataFrame, one row per config, seed and image: `config`, `seed`, `image_id`, `group` and
             `score`, as from `helpers.scale.search.read_test`.
-        baseline: the config that the others are compared with.
 
     Returns:
         DataFrame, one row per config: `config`, a column per seed, `mean`, `low` and `high` (the interval
@@ -266,8 +254,7 @@ def jitter_curve(
         predict: function from a dict of boxes to a dict of bool (H, W) masks.
         name: of the line.
         pixels: largest shift of each side, one point of the curve each.
-        seed: of the jitter and of the intervals.
-        inward: as for `helpers.prompts.jitter_box`.
+        seed, inward: as for `helpers.prompts.jitter_box`; the seed is also that of the intervals.
 
     Returns:
         DataFrame with `pixels`, `name`, `mean`, `low`, `high` and `source`.
@@ -282,11 +269,7 @@ def jitter_curve(
 
 
 def classification(probabilities, labels) -> dict[str, float]:
-    """Score class probabilities.
-
-    Args:
-        probabilities: float (N, 3), columns in the order of `helpers.data.LABELS`, rows sum to 1.
-        labels: (N,) of "normal", "benign" or "malignant".
+    """Score class probabilities of N images: float (N, 3), columns in the order of `helpers.data.LABELS`.
 
     Returns:
         dict of float: `accuracy`, `balanced_accuracy`, `macro_auc` (one against rest), `recall_<label>`,
@@ -294,7 +277,7 @@ def classification(probabilities, labels) -> dict[str, float]:
         probability). What a missing class leaves undefined is NaN, and a warning says so.
 
     Raises:
-        ValueError: shapes that do not fit, a label outside the three, rows that are no probabilities.
+        ValueError: shapes that do not fit, a label outside the three, rows that don't sum to 1.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -333,17 +316,11 @@ def classification(probabilities, labels) -> dict[str, float]:
 
 
 def class_summary(probabilities, rows: pd.DataFrame, seed=0, resamples=1000) -> pd.DataFrame:
-    """Score class probabilities, with 95 % percentile bootstrap intervals over groups.
-
-    Args:
-        probabilities: float (N, 3), columns in the order of `helpers.data.LABELS`.
-        rows: the N rows of an index.
-        seed: of the bootstrap.
-        resamples: how often the groups are drawn.
+    """Score class probabilities of N rows of an index, with 95 % percentile bootstrap intervals over groups.
 
     Returns:
-        DataFrame, one row per metric of `classification`: `metric`, `mean` (the value on all
-        images), `low` and `high`. What a missing class leaves undefined is NaN.
+        DataFrame, one row per metric of `classification`: `metric`, `mean` (the value on all images), `low`
+        and `high`. What a missing class leaves undefined is NaN.
     """
     probabilities, labels = np.asarray(probabilities, dtype=float), rows.label.to_numpy()
     values = classification(probabilities, labels)

@@ -32,7 +32,7 @@ def overlay(image, truth=None, prediction=None, box=None, *, axes=None, colour=P
     Returns:
         The figure, with a legend where it is its own.
     """
-    figure, cell = (axes.figure, axes) if axes else _axes(5, 4.4)
+    figure, cell = (axes.figure, axes) if axes else plt.subplots(figsize=(5, 4.4), layout="constrained")
     cell.set_axis_off()
     if image is not None:
         cell.imshow(image, cmap="grey")
@@ -83,29 +83,13 @@ def grid(count: int, columns: int) -> tuple[Figure, np.ndarray]:
     return figure, cells.ravel()
 
 
-def _axes(width=7, height=3.2):
-    return plt.subplots(figsize=(width, height), layout="constrained")
-
-
 def _panels(count, width, height, **settings):
     size = (width * count, height)
-    figure, cells = plt.subplots(1, count, figsize=size, layout="constrained", **settings)
-    return figure, np.atleast_1d(cells)
+    figure, cells = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False, **settings)
+    return figure, cells.ravel()
 
 
 # The data
-
-
-def solidity(measured: pd.DataFrame) -> Figure:
-    """Histograms of the column `solidity` of rows of an index, by label."""
-    figure, axes = _axes()
-    bins = np.linspace(min(0.6, measured.solidity.min()), 1, 31)
-    for label, values in measured.groupby("label").solidity:
-        axes.hist(values, bins, alpha=0.6, color=LABEL_COLOURS[label], label=label)
-        axes.axvline(values.median(), color=LABEL_COLOURS[label], linestyle="--")
-    axes.legend(frameon=False, title="dashed: median")
-    axes.set(xlabel="solidity: area over that of the convex hull", ylabel="training images")
-    return finish(figure, measured, "One number of the ground-truth mask")
 
 
 def gallery(rows: pd.DataFrame, title: str, captions=None, columns=4) -> Figure:
@@ -124,8 +108,8 @@ def groups_side_by_side(rows: pd.DataFrame, title: str) -> Figure:
     groups = [part for _, part in rows.groupby("same_frame", sort=False)]
     width = max(len(part) for part in groups)
     figure, cells = grid(len(groups) * width, width)
-    for number, part in enumerate(groups):
-        for cell, row in zip(cells[number * width :], part.itertuples()):
+    for line, part in zip(cells.reshape(-1, width), groups):
+        for cell, row in zip(line, part.itertuples()):
             overlay(data.read_image(row.image_path), data.read_truth(row), axes=cell)
             cell.set_title(row.image_id, fontsize=9, color=LABEL_COLOURS[row.label])
     return finish(figure, rows, title)
@@ -198,14 +182,10 @@ def training_curves(history: pd.DataFrame, columns=DICE_CURVES, title="Training"
 
 
 def paired_differences(after: pd.DataFrame, before: pd.DataFrame) -> Figure:
-    """One bar per image, sorted: the change of a model's score by its fine-tuning.
-
-    `after` and `before` are DataFrames from `helpers.metrics.score` of the same rows.
-    """
-    figure, axes = _axes(9, 3.4)
+    """One bar per image, sorted: the change of its score, from `helpers.metrics.score`, by fine-tuning."""
+    figure, axes = plt.subplots(figsize=(9, 3.4))
     change = (after.dice - before.dice).sort_values()
-    colours = after.label[change.index].map(LABEL_COLOURS)
-    axes.bar(range(len(change)), change, color=colours, width=1)
+    axes.bar(range(len(change)), change, color=after.label[change.index].map(LABEL_COLOURS), width=1)
     mean = axes.axhline(change.mean(), color="black", linestyle="--", linewidth=1)
     axes.axhline(0, color="grey", linewidth=0.8)
     labels = [label for label in data.LABELS if (after.label == label).any()]
@@ -216,10 +196,7 @@ def paired_differences(after: pd.DataFrame, before: pd.DataFrame) -> Figure:
 
 
 def score_strips(scores_by_name: dict) -> Figure:
-    """Dice per image as dots, with the mean of each label as a bar.
-
-    `scores_by_name` is a dict from a panel's title to a DataFrame from `helpers.metrics.score`.
-    """
+    """Dice per image as dots, the mean of each label as a bar; a dict from titles to `metrics.score`."""
     figure, cells = _panels(len(scores_by_name), 3.6, 3.6, sharey=True)
     generator = np.random.default_rng(0)
     for cell, (name, scores) in zip(cells, scores_by_name.items()):
@@ -237,13 +214,11 @@ def score_strips(scores_by_name: dict) -> Figure:
 
 
 def jitter_curve(curve: pd.DataFrame) -> Figure:
-    """Mean Dice with its interval against the size of the box error.
+    """Mean Dice with its interval against the size of the box error: rows of `helpers.metrics.jitter_curve`.
 
-    Args:
-        curve: DataFrame with `pixels`, `name` (one line each), `mean`, `low`, `high` and `source`. Names
-            such as "LiteMedSAM, outwards" and "LiteMedSAM, either way" share a colour.
+    Names such as "LiteMedSAM, outwards" and "LiteMedSAM, either way" share a colour.
     """
-    figure, axes = _axes(7, 3.8)
+    figure, axes = plt.subplots(figsize=(7, 3.8))
     colours, palette = {}, (PREDICTION, LABEL_COLOURS["normal"], "#999999", BEFORE)
     for name, line in curve.groupby("name", sort=False):
         model, _, way = name.partition(", ")
@@ -283,14 +258,13 @@ def batch(images, masks, title: str, rows) -> Figure:
 
 
 def feature_maps(maps: dict, row) -> Figure:
-    """One feature of each level of a network on the image of `row`: the one that varies most over it.
+    """Of each level of a network, the feature that varies most over the image of `row`.
 
     `maps` is a dict from a level's name to float (side, side, features).
     """
     figure, cells = grid(len(maps), 5)
     for cell, (name, found) in zip(cells, maps.items()):
-        strongest = found.std(axis=(0, 1)).argmax()
-        cell.imshow(found[..., strongest], cmap="magma")
+        cell.imshow(found[..., found.std(axis=(0, 1)).argmax()], cmap="magma")
         side, _, features = found.shape
         cell.set_title(f"{name}\n{side} x {side}, {features} features", fontsize=9)
     return finish(figure, row, f"{row.image_id}: one feature of each level")
@@ -335,13 +309,10 @@ def roc_curves(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
 
 
 def calibration(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
-    """How often the most probable class is right, against its probability, in bins of equal count.
-
-    `probabilities_by_name` is a dict from a curve's name to float (N, 3), for N rows of an index.
-    """
+    """How often the most probable class is right, against its probability, in bins of equal count."""
     from sklearn.calibration import CalibrationDisplay
 
-    figure, axes = _axes(4.8, 4.4)
+    figure, axes = plt.subplots(figsize=(4.8, 4.4))
     for name, probabilities in probabilities_by_name.items():
         probabilities = np.asarray(probabilities)
         right = np.array(data.LABELS)[probabilities.argmax(axis=1)] == rows.label

@@ -54,7 +54,6 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
         "pictures": plots.pictures([image, image[..., 0]], ["a", "b"], "Some", rows),
         "batch": plots.batch(np.ones((2, 8, 8, 1)), np.eye(8)[None, ..., None], "A batch", rows),
         "feature_maps": plots.feature_maps({"down_1": np.arange(192.0).reshape(8, 8, 3)}, rows.iloc[0]),
-        "solidity": plots.solidity(rows.assign(solidity=0.9)),
         "confusion": plots.confusion({"model": classes}, rows),
         "roc_curves": plots.roc_curves({"model": classes}, rows),
         "calibration": plots.calibration({"model": classes}, rows),
