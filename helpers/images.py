@@ -15,22 +15,22 @@ PHOTO_SHARE = 0.5  # of coloured pixels: a colour box never fills a whole frame
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")
 
 
-def read(path, frame=None, content=None):
-    """Read a frame as uint8 (H, W, 3) RGB.
+def read_image(path, frame=None, content=None):
+    """Read an image as uint8 (H, W, 3) RGB, whether stored grey, RGB, RGBA or with a palette.
 
     Args:
-        path: PNG, JPEG or another file that Pillow knows, 8 bits a channel; or DICOM, whose window
-            (VOI LUT) is applied.
+        path: PNG, JPEG or another file that Pillow knows, 8 bits a channel; or DICOM, whose window (VOI LUT)
+            is applied.
         frame: which frame of a DICOM with several, from 0.
         content: bytes of the file, where they are at hand; `path` is then only its name.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no image, cut off, or deeper than 8 bits; a DICOM without pixel data, with several
-            frames and none chosen, or compressed in a way that nothing here reads.
+        ValueError: no image, cut off, or deeper than 8 bits; a DICOM without pixel data, with several frames
+            and none chosen, or compressed in a way that nothing here reads.
     """
     if content is None and not Path(path).is_file():
-        raise FileNotFoundError(f"there is no image file {str(path)!r}")
+        raise FileNotFoundError(f"no image file {path}; where it belongs to a data set, fetch that again")
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
         named = str(path).lower().endswith((".dcm", ".dicom"))
         dicom = named or file.read(132)[128:] == b"DICM"
@@ -76,13 +76,7 @@ def _read_dicom(path, frame, file):
 
 
 def check(image):
-    """Say what makes a frame unfit.
-
-    Args:
-        image: uint8 (H, W, 3) RGB.
-
-    Returns:
-        tuple of str: warnings; empty for an ordinary B-mode frame.
+    """Return the warnings about a frame, uint8 (H, W, 3) RGB: a tuple of str, empty for an ordinary one.
 
     Raises:
         ValueError: it can't be a B-mode frame at all: too small, of one brightness, a photograph.
@@ -110,22 +104,12 @@ def check(image):
     return ()
 
 
-def read_image(path):
-    """Read an image as uint8 (H, W, 3) RGB, whether stored grey, RGB, RGBA or with a palette.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is cut off, no image, or deeper than 8 bits.
-    """
-    return np.array(open_image(path).convert("RGB"))
-
-
 def read_mask(paths, shape):
     """Join the mask files of one image.
 
     Args:
-        paths: mask files; 1-bit, grey, RGB or RGBA. A pixel counts where it is brighter than half
-            of the file's brightest, so that 0/1 files read like 0/255 ones.
+        paths: mask files; 1-bit, grey, RGB or RGBA. A pixel counts where it is brighter than half of the
+            file's brightest, so that 0/1 files read like 0/255 ones.
         shape: (H, W) of the image, or its (H, W, 3) shape.
 
     Returns:

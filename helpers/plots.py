@@ -196,7 +196,10 @@ def paired_differences(after: pd.DataFrame, before: pd.DataFrame) -> Figure:
 
 
 def score_strips(scores_by_name: dict) -> Figure:
-    """Dice per image as dots, the mean of each label as a bar; a dict from titles to `metrics.score`."""
+    """Dice per image as dots, with the mean of each label as a bar.
+
+    `scores_by_name` is a dict from a panel's title to a DataFrame from `helpers.metrics.score`.
+    """
     figure, cells = _panels(len(scores_by_name), 3.6, 3.6, sharey=True)
     generator = np.random.default_rng(0)
     for cell, (name, scores) in zip(cells, scores_by_name.items()):
@@ -309,7 +312,10 @@ def roc_curves(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
 
 
 def calibration(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
-    """How often the most probable class is right, against its probability, in bins of equal count."""
+    """How often the most probable class is right, against its probability, in bins of equal count.
+
+    `probabilities_by_name` is a dict from a curve's name to float (N, 3), for N rows of an index.
+    """
     from sklearn.calibration import CalibrationDisplay
 
     figure, axes = plt.subplots(figsize=(4.8, 4.4))

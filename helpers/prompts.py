@@ -14,14 +14,11 @@ Arrays = dict[str, np.ndarray]  # from image_id to a box (4,) or a mask (H, W)
 
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:
-    """Return the tightest box around a mask.
-
-    Args:
-        mask: bool (H, W).
+    """Return the tightest box around a mask, bool (H, W).
 
     Returns:
-        float32 (4,): x_min, y_min, x_max, y_max in pixels, inclusive: a lesion that fills the
-        image gives 0, 0, W - 1, H - 1. Several lesions share one box.
+        float32 (4,): x_min, y_min, x_max, y_max in pixels, inclusive: a lesion that fills the image gives
+        0, 0, W - 1, H - 1. Several lesions share one box.
 
     Raises:
         ValueError: the mask is empty; a normal image has no box.
@@ -39,11 +36,9 @@ def truth_boxes(rows: pd.DataFrame) -> Arrays:
 
 
 def mask_boxes(masks: Arrays) -> Arrays:
-    """Return the boxes of predicted masks, a dict from image_id to bool (H, W).
+    """Return the box of each predicted mask's largest 8-connected part, without the images of empty masks.
 
-    Returns:
-        dict from image_id to the box of the mask's largest 8-connected part, at least 2 pixels wide and
-        high as a segmenter wants it, without the images whose mask is empty.
+    A box is at least 2 pixels wide and high, as a segmenter wants it.
     """
     boxes = {}
     for name, mask in masks.items():
@@ -55,14 +50,9 @@ def mask_boxes(masks: Arrays) -> Arrays:
 
 
 def typical_boxes(train: pd.DataFrame, rows: pd.DataFrame) -> Arrays:
-    """Return for each row the mean box of the training lesions, for a baseline that never looks.
+    """Return for each row the mean box of the lesions in `train`, for a baseline that never looks.
 
-    Args:
-        train: rows of an index; those without a lesion are left out.
-        rows: rows of an index.
-
-    Returns:
-        dict from image_id to float32 (4,): the same shares of each image's width and height.
+    It takes the same shares of each image's width and height.
     """
 
     def sides(row):
@@ -76,12 +66,8 @@ def typical_boxes(train: pd.DataFrame, rows: pd.DataFrame) -> Arrays:
 
 def jitter_boxes(rows: pd.DataFrame, boxes: Arrays, pixels: float, seed=0, inward=False) -> Arrays:
     """Jitter the boxes of many images: `jitter_box` for each row."""
-    return {
-        row.image_id: jitter_box(
-            boxes[row.image_id], data.image_shape(row), pixels, row.image_id, seed, inward
-        )
-        for row in rows.itertuples()
-    }
+    shapes = {row.image_id: data.image_shape(row) for row in rows.itertuples()}
+    return {name: jitter_box(boxes[name], shapes[name], pixels, name, seed, inward) for name in shapes}
 
 
 def jitter_box(box, shape: tuple, pixels: float, key, seed: int = 0, inward: bool = False) -> np.ndarray:
@@ -90,8 +76,8 @@ def jitter_box(box, shape: tuple, pixels: float, key, seed: int = 0, inward: boo
     Args:
         box: (4,) x_min, y_min, x_max, y_max in pixels.
         shape: (H, W) of the image; the box stays inside it.
-        pixels: the largest distance; each side moves by a uniform 0 to `pixels`, outwards. MedSAM
-            trains with 20 (J. Ma et al., Nature Communications 15 (2024) 654).
+        pixels: the largest distance; each side moves by a uniform 0 to `pixels`, outwards. MedSAM trains
+            with 20 (J. Ma et al., Nature Communications 15 (2024) 654).
         key: names the image, so that its jitter does not depend on which others are scored.
         seed: of the jitter.
         inward: each side moves by -`pixels` to `pixels` instead, so that it may cut the lesion.
@@ -113,10 +99,9 @@ def _inside(low, high, length):
 
 
 def fill_ellipses(rows: pd.DataFrame, boxes: Arrays) -> Arrays:
-    """Return a dict from image_id to the box's ellipse: `fill_ellipse` for each row."""
-    return {
-        row.image_id: fill_ellipse(boxes[row.image_id], data.image_shape(row)) for row in rows.itertuples()
-    }
+    """Fill the boxes of many images with their ellipses: `fill_ellipse` for each row."""
+    shapes = {row.image_id: data.image_shape(row) for row in rows.itertuples()}
+    return {name: fill_ellipse(boxes[name], shapes[name]) for name in shapes}
 
 
 def empty_masks(rows: pd.DataFrame) -> Arrays:
@@ -125,14 +110,9 @@ def empty_masks(rows: pd.DataFrame) -> Arrays:
 
 
 def fill_ellipse(box, shape: tuple) -> np.ndarray:
-    """Fill a box with its ellipse: the baseline that never looks at the image.
+    """Return the ellipse in a box as bool (H, W) of `shape`: the baseline that never looks at the image.
 
-    Args:
-        box: (4,) x_min, y_min, x_max, y_max in pixels, inclusive.
-        shape: (H, W) of the mask to return.
-
-    Returns:
-        bool (H, W).
+    `box` is (4,) x_min, y_min, x_max, y_max in pixels, inclusive.
     """
     x_min, y_min, x_max, y_max = (float(side) for side in box)
     y, x = np.ogrid[: shape[0], : shape[1]]
@@ -154,8 +134,7 @@ def draw_box(image: np.ndarray, box, enabled: bool = True):
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, "PNG")
     x_min, y_min, x_max, y_max = (float(side) for side in box)
-    place = {"x": x_min, "y": y_min, "width": x_max - x_min, "height": y_max - y_min}
-    start = [{"label": "lesion", **place}]
+    start = [{"label": "lesion", "x": x_min, "y": y_min, "width": x_max - x_min, "height": y_max - y_min}]
     return BBoxWidget(image_bytes=encoded.getvalue(), classes=["lesion"], bboxes=start, hide_buttons=True)
 
 

@@ -140,8 +140,8 @@ class Recorder:
 
         Args:
             probabilities: float (N, 3) of the N rows, columns in the order of `helpers.data.LABELS`.
-            key, title, seconds, details: as for `segmentation`.
             prompt: what the model is given: one of `INPUTS`.
+            key, title, seconds, details: as for `segmentation`.
         """
         summary = metrics.class_summary(probabilities, self.rows, self.seed)
         result = {"summary": _nested(summary.assign(set="all", images=len(self.rows)))}

@@ -37,10 +37,8 @@ PUBLISHED = (
 def table(results: pd.DataFrame) -> pd.DataFrame:
     """Lay segmentation rows of `select` out for reading, automatic rows first, ground-truth boxes last.
 
-    Returns:
-        DataFrame of text: prompt, model, images (normal ones included where nothing is prompted), mean Dice
-        on lesion images with its interval (all, benign, malignant), HD95, NSD, the share of normal images
-        with a false alarm, and the gain in Dice over the ellipse.
+    All cells are text. Normal images count among the images where nothing is prompted; a false alarm is a
+    normal image with any mask.
     """
     rows = _ordered(results[results.task == "segmentation"], PROMPTS)
     columns = {"Prompt": rows.prompt, "Model": rows.title, "Images": rows.images.astype(str)}
@@ -55,12 +53,7 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def class_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Lay classification rows of `select` out for reading, those from the image alone first.
-
-    Returns:
-        DataFrame of text: what the model is given, model, images, and each metric of
-        `helpers.metrics.CLASSIFICATION` with its interval.
-    """
+    """Lay classification rows of `select` out for reading, as text, those from the image alone first."""
     rows = _ordered(results[results.task == "classification"], INPUTS)
     columns = {"Given": rows.prompt, "Model": rows.title, "Images": rows.images.astype(str)}
     for metric, title in metrics.CLASSIFICATION.items():
@@ -76,13 +69,8 @@ def _ordered(rows, prompts):
 def leakage_table(results: pd.DataFrame, fold=0, seed=0, source="BUSI") -> pd.DataFrame:
     """Show how much a random split inflates scores: models on the random split beside the grouped one.
 
-    Args:
-        results: DataFrame from `load_all`.
-        fold, seed, source: as for `select`.
-
-    Returns:
-        DataFrame of text, one row per model that has both: model, which score, its value on the
-        grouped and on the random split with intervals, and the difference; no row where none has.
+    `results` are from `load_all`; `fold`, `seed` and `source` are as for `select`. All cells are text. A
+    model that lacks one of the two has no row.
     """
     results = results[results.source.eq(source) & results.fold.eq(fold) & results.seed.eq(seed)]
     results = results[results.images == results.groupby(["task", "split"]).images.transform("max")]
@@ -97,16 +85,9 @@ def leakage_table(results: pd.DataFrame, fold=0, seed=0, source="BUSI") -> pd.Da
 
 
 def folds_table(results: pd.DataFrame, source="BUSI") -> pd.DataFrame:
-    """Show the pipeline on each test fold, each time trained without it, and the mean over the folds.
+    """Show the pipeline on each test fold, each time trained without it, and with all five their mean.
 
-    Args:
-        results: DataFrame from `load_all`.
-        source: as for `select`.
-
-    Returns:
-        DataFrame of text, one row per fold that was scored, and with all five their mean: test fold, and
-        on it mean Dice of lesion images, lesions found, false alarms per normal image,
-        accuracy, malignant sensitivity and calibration error.
+    `results` are from `load_all`; `source` is as for `select`. All cells are text.
     """
     columns = {
         "Dice": ("lesions_dice", ".3f"),
@@ -131,11 +112,9 @@ def folds_table(results: pd.DataFrame, source="BUSI") -> pd.DataFrame:
 
 
 def beside_published(results: pd.DataFrame) -> pd.DataFrame:
-    """Put the reference project's table beside our rows of `select`, in the same losses.
+    """Put the reference project's table beside our rows of `select`, in the same losses, as text.
 
-    Returns:
-        DataFrame of text: network, loss, its published training and validation value and the published
-        score (on validation images), ours, which row of ours it is, and its score on the test fold.
+    The published score is on validation images, ours on the test fold.
     """
     lines = []
     for network, loss, train, val, accuracy, key, prompt, column in PUBLISHED:
@@ -171,12 +150,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def ablation_table() -> pd.DataFrame:
-    """Lay results/ablation.csv out for reading: what each variant of fine-tuning gave on validation.
-
-    Returns:
-        DataFrame of text: variant, the epoch that was kept, and mean Dice with tight boxes (all, benign,
-        malignant) and with jittered ones.
-    """
+    """Lay results/ablation.csv out for reading, as text: each variant of fine-tuning, by validation Dice."""
     titles = {"variant": "Variant", "kept_epoch": "Kept epoch", "tight_dice": "Dice, tight box"}
     titles |= {"tight_benign": "benign", "tight_malignant": "malignant"}
     titles |= {"jittered_dice": "Dice, jittered box"}
@@ -190,13 +164,8 @@ def ablation_table() -> pd.DataFrame:
 def tuned_table(path="") -> pd.DataFrame:
     """Lay out what retrained configs score on the test fold, from `helpers.scale.search.read_test`'s files.
 
-    Args:
-        path: folder of result files, as for `folder`; the files lie in `tuned/` there, and their keys end
-            in "-default" and "-winner".
-
-    Returns:
-        DataFrame of text: model, config, images, which score, its mean over seeds with the interval over
-        groups, each seed's, and the gain over the default on the same images.
+    The files lie in `tuned/` of the folder of result files, `path` as for `folder`, and their keys end in
+    "-default" and "-winner". Intervals are over groups, gains on the same images. All cells are text.
     """
     parts: dict[str, list] = {}
     for file in sorted((folder(path) / "tuned").glob("*.json")):

@@ -46,31 +46,31 @@ def dicom(path, pixels=None, photometric="MONOCHROME2", frames=1, **extra):
 @pytest.mark.parametrize("suffix", [".png", ".bmp"])
 def test_pictures_come_back_as_they_are(tmp_path, frame, suffix):
     Image.fromarray(frame).save(tmp_path / f"a{suffix}")
-    assert (images.read(tmp_path / f"a{suffix}") == frame[..., None]).all()
+    assert (images.read_image(tmp_path / f"a{suffix}") == frame[..., None]).all()
 
 
 def test_dicom_comes_back_as_it_is(tmp_path, frame):
-    found = images.read(dicom(tmp_path / "a.dcm", frame))
+    found = images.read_image(dicom(tmp_path / "a.dcm", frame))
     assert found.shape == (*frame.shape, 3)
     assert (found == frame[..., None]).all()
 
 
 def test_dicom_without_a_suffix_is_known_by_its_content(tmp_path, frame):
-    assert (images.read(dicom(tmp_path / "IM0001", frame)) == frame[..., None]).all()
+    assert (images.read_image(dicom(tmp_path / "IM0001", frame)) == frame[..., None]).all()
 
 
 def test_monochrome1_is_turned_round(tmp_path, frame):
-    found = images.read(dicom(tmp_path / "a.dcm", frame, "MONOCHROME1"))
+    found = images.read_image(dicom(tmp_path / "a.dcm", frame, "MONOCHROME1"))
     assert (found == 255 - frame[..., None]).all()
 
 
 def test_colour_stays_colour(tmp_path, frame):
     pixels = np.stack([frame, frame // 2, frame // 3], axis=-1)
-    assert (images.read(dicom(tmp_path / "a.dcm", pixels, "RGB")) == pixels).all()
+    assert (images.read_image(dicom(tmp_path / "a.dcm", pixels, "RGB")) == pixels).all()
 
 
 def test_sixteen_bits_are_scaled(tmp_path, frame):
-    found = images.read(dicom(tmp_path / "a.dcm", frame.astype(np.uint16) * 200))
+    found = images.read_image(dicom(tmp_path / "a.dcm", frame.astype(np.uint16) * 200))
     assert found.min() == 0
     assert found.max() == 255
     assert np.abs(np.diff(np.argsort(found[..., 0].ravel()[:50]))).sum() > 0
@@ -81,7 +81,7 @@ def test_sixteen_bits_are_scaled(tmp_path, frame):
 def test_the_window_is_applied(tmp_path, frame):
     wide = frame.astype(np.uint16) * 20
     path = dicom(tmp_path / "a.dcm", wide, WindowCenter=1000, WindowWidth=500)
-    found = images.read(path)[..., 0]
+    found = images.read_image(path)[..., 0]
     assert (found[wide < 740] == 0).all()
     assert (found[wide > 1260] == 255).all()
 
@@ -90,30 +90,30 @@ def test_one_of_several_frames(tmp_path, frame):
     loop = np.stack([frame, frame // 2, frame // 3])
     path = dicom(tmp_path / "a.dcm", loop, frames=3)
     with pytest.raises(ValueError, match="3 frames; choose one of 0 to 2"):
-        images.read(path)
+        images.read_image(path)
     with pytest.raises(ValueError, match="no frame 3; it holds 3"):
-        images.read(path, frame=3)
-    assert (images.read(path, frame=1) == loop[1][..., None]).all()
+        images.read_image(path, frame=3)
+    assert (images.read_image(path, frame=1) == loop[1][..., None]).all()
 
 
 def test_dicom_without_pixels_is_refused(tmp_path):
     with pytest.raises(ValueError, match="without pixel data .modality US"):
-        images.read(dicom(tmp_path / "a.dcm"))
+        images.read_image(dicom(tmp_path / "a.dcm"))
 
 
 def test_what_is_no_image_is_refused(tmp_path, frame):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ValueError, match="not a whole image"):
-        images.read(tmp_path / "a.png")
+        images.read_image(tmp_path / "a.png")
     (tmp_path / "a.dcm").write_text("no image")
     with pytest.raises(ValueError, match="not a whole DICOM"):
-        images.read(tmp_path / "a.dcm")
+        images.read_image(tmp_path / "a.dcm")
     with pytest.raises(FileNotFoundError, match="no image file"):
-        images.read(tmp_path / "b.png")
+        images.read_image(tmp_path / "b.png")
     whole = dicom(tmp_path / "c.dcm", frame).read_bytes()
     (tmp_path / "c.dcm").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="c.dcm"):
-        images.read(tmp_path / "c.dcm")
+        images.read_image(tmp_path / "c.dcm")
 
 
 def test_an_ordinary_frame_passes(frame):

@@ -100,7 +100,7 @@ class Pipeline:
         """Find, segment and classify the lesions of a frame.
 
         Args:
-            image: uint8 (H, W, 3) RGB, as from `helpers.images.read`.
+            image: uint8 (H, W, 3) RGB, as from `helpers.images.read_image`.
             embedding: of this very image, where it is at hand; else the encoder runs.
             mirror: also predict the mirror image, and average; takes the encoder twice.
 

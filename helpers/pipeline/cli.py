@@ -48,7 +48,7 @@ def run_folder(pipe, files: Iterable[Path], out: Path, frame: int | None = None)
         pipe: helpers.pipeline.Pipeline.
         files: paths of the images.
         out: folder; it is made.
-        frame: as for `helpers.images.read`.
+        frame: as for `helpers.images.read_image`.
 
     Returns:
         1 where a file failed, else 0.
@@ -63,7 +63,7 @@ def run_folder(pipe, files: Iterable[Path], out: Path, frame: int | None = None)
         for path in tqdm(files, unit="image", file=sys.stdout):
             line = {"file": str(path)}
             try:
-                image = images.read(path, frame)
+                image = images.read_image(path, frame)
                 finding = pipe.segment(image)
                 name = _unused(path, used)
                 drawn = {"masks": np.uint8(finding.mask) * 255, "overlays": overlay(image, finding)}

@@ -307,7 +307,7 @@ class Worker:
             for name, content in shards.read(*self.source, shard, self.columns):
                 row, since = {"name": name}, time.perf_counter()
                 try:
-                    image = images.read(name, content=content())
+                    image = images.read_image(name, content=content())
                     embedding = model.segmenter.embed([image])[0]
                     finding = model.segment(image, embedding)
                     row |= pipeline.summary(finding)
