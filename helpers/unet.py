@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from helpers import cache, data
+from helpers.devices import multiplies_bfloat16
 from helpers.params import check, limited
 from helpers.quiet import quiet_stderr
 
@@ -175,8 +176,6 @@ def default_width() -> int:
 
 def _policy(precision):
     if precision == "auto":
-        from helpers.devices import multiplies_bfloat16
-
         native = multiplies_bfloat16(torch.device(device()))
         precision = "bfloat16" if native else "float16" if _GPUS else "float32"
     return precision if precision == "float32" else f"mixed_{precision}"
@@ -418,8 +417,7 @@ def predict(network: keras.Model, image: np.ndarray, mirror: bool = False) -> np
 
 def predict_masks(network: keras.Model, rows: pd.DataFrame, mirror: bool = False) -> dict:
     """Return a dict from image_id to bool (H, W): `predict` above 0.5 for each row."""
-    images = [data.read_image(path) for path in rows.image_path]
-    found = _probabilities(network, images, mirror)
+    found = _probabilities(network, [data.read_image(path) for path in rows.image_path], mirror)
     return {name: probability > 0.5 for name, probability in zip(rows.image_id, found)}
 
 

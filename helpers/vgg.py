@@ -157,8 +157,8 @@ def fit(
     data.check_apart(train, val)
     data.check_classes(train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = {"float32": False, "bfloat16": True}
-    mixed = known.get(settings.precision, multiplies_bfloat16(device))
+    native = settings.precision == "auto" and multiplies_bfloat16(device)
+    mixed = native or settings.precision == "bfloat16"
     of_data: list = [data.signature(rows) for rows in (train, val)]
     if masks:
         of_data += [np.packbits(masks[name]).tobytes() for name in (*train.image_id, *val.image_id)]
