@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-import torch
 
 from helpers import cache, data, images, sam
 from helpers.pipeline import detector, diagnosis
@@ -149,7 +148,7 @@ class Pipeline:
         """Write detectors, rules and diagnosis so that `load(folder)` gives this pipeline again."""
         folder = Path(folder)
         for number, member in enumerate(self.detectors):
-            detector.save(member, folder / f"detector-{number}.safetensors", torch.float16)
+            detector.save(member, folder / f"detector-{number}.safetensors")
         settings = {
             "version": VERSION,
             "segmenter": self.segmenter.checkpoint,
@@ -209,11 +208,7 @@ def union(masks: list, shape: tuple) -> np.ndarray:
 
 
 def propose_boxes(lesion_map: np.ndarray, rules: Rules) -> np.ndarray:
-    """Turn a lesion map, float32 (H, W), into boxes.
-
-    Returns:
-        float32 (lesions, 4), by decreasing mass: x_min, y_min, x_max, y_max in pixels.
-    """
+    """Turn a lesion map, float32 (H, W), into boxes, as in `Finding`, by decreasing mass."""
     height, width = lesion_map.shape
     threshold = min(rules.threshold, rules.peak_share * float(lesion_map.max()))
     parts = (lesion_map > threshold).astype(np.uint8)
@@ -250,9 +245,7 @@ def segment_boxes(segmenter, embedding, lesion_map: np.ndarray, boxes: np.ndarra
 def segment_map(segmenter, embedding, lesion_map: np.ndarray, detected: np.ndarray, rules: Rules):
     """Do what follows the detectors, whose lesion map (H, W) and class probabilities (3,) are given.
 
-    Returns:
-        boxes of `propose_boxes`, masks and probability of `segment_boxes`, and the features of
-        `helpers.pipeline.diagnosis.features`.
+    Returns the boxes, the masks and probability of `segment_boxes`, and the features of the diagnosis.
     """
     boxes = propose_boxes(lesion_map, rules)
     masks, probability = segment_boxes(segmenter, embedding, lesion_map, boxes)

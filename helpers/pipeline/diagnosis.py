@@ -37,8 +37,7 @@ def features(detected: np.ndarray, lesion_map: np.ndarray, mask: np.ndarray) -> 
         mask: bool (H, W), made of it; may be empty.
 
     Returns:
-        float (len(FEATURES),), none in pixels. What an empty mask leaves undefined is 0, and
-        "segmented" is 0 with it.
+        float (len(FEATURES),), none in pixels; 0 for what an empty mask leaves undefined, and "segmented".
     """
     logs = dict(zip(data.LABELS, np.log(np.clip(np.asarray(detected, dtype=float), 1e-4, 1))))
     peak = np.clip(lesion_map.max(), 1e-4, 1 - 1e-4)

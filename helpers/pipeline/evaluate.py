@@ -86,11 +86,8 @@ def detection_summary(found: pd.DataFrame) -> dict[str, float]:
 def record(recorder, pipeline, findings: dict, scores: pd.DataFrame, seconds: float) -> list[Path]:
     """Write the result files of a pipeline, its segmentation and its classification.
 
-    Args:
-        recorder: helpers.results.Recorder of the rows of the findings.
-        pipeline: helpers.pipeline.Pipeline.
-        findings: of `predict`, which took `seconds`.
-        scores: DataFrame from `helpers.metrics.score` of the findings' masks.
+    `recorder` is a `helpers.results.Recorder` of the rows of the findings, whose prediction took `seconds`;
+    `scores` are from `helpers.metrics.score` of their masks.
     """
     training = {name: value for name, value in pipeline.card.items() if name != "trained_on"}
     counts = detection_summary(detection(recorder.rows, findings))
@@ -168,8 +165,7 @@ def degraded(pipeline, rows: pd.DataFrame) -> pd.DataFrame:
     """Score a pipeline on the images of rows as another scanner would show them, by `robustness`.
 
     Returns:
-        DataFrame, one row per image, kind and level: `image_id`, `label`, `group`, `kind`, `level`,
-        `dice`, `malignant` (its probability) and `correct` (whether the likeliest class is the true one).
+        DataFrame, one row per image, kind and level: `image_id`, `label`, `group`, `kind`, `level`, `dice`.
     """
     lines = []
     for row in tqdm(list(rows.itertuples()), "degrading", unit="image", file=sys.stdout):
@@ -179,13 +175,9 @@ def degraded(pipeline, rows: pd.DataFrame) -> pd.DataFrame:
             for level in robustness.LEVELS:
                 frame, mask = robustness.apply(image, truth, kind, level, row.image_id)
                 finding = pipeline.segment(frame) if level else untouched
-                classes = finding.probabilities
-                line = {"image_id": row.image_id, "label": row.label, "group": row.group}
-                line |= {"kind": kind, "level": level}
-                line["dice"] = metrics.segmentation(finding.mask, mask, surface=False)["dice"]
-                line["malignant"] = classes["malignant"]
-                lines.append(line | {"correct": max(classes, key=classes.get) == row.label})
-    return pd.DataFrame(lines)
+                dice = metrics.segmentation(finding.mask, mask, surface=False)["dice"]
+                lines.append([row.image_id, row.label, row.group, kind, level, dice])
+    return pd.DataFrame(lines, columns=["image_id", "label", "group", "kind", "level", "dice"])
 
 
 def dice_by(scores: pd.DataFrame, column: str, seed: int = 0) -> pd.DataFrame:
