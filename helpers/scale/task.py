@@ -64,7 +64,7 @@ class Task:
     """What all trials of a search share.
 
     Attributes:
-        model: a key of `MODELS`: "decoder" (of a promptable segmenter, boxes from the truth), "unet" or "vgg".
+        model: a key of `MODELS`: "decoder" (of a promptable segmenter, with true boxes), "unet" or "vgg".
         train: rows of an index.
         val: rows of an index, never of the test fold; the score of a trial is the mean Dice, or the accuracy,
             on them at the epoch that `fit` keeps.
