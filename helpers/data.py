@@ -337,12 +337,6 @@ def related(index: pd.DataFrame, column: str = "same_frame") -> pd.DataFrame:
     return shared.sort_values(column, key=lambda names: pd.factorize(names)[0], kind="stable")
 
 
-def conflicting(index: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows whose frame lies in two class folders, in groups."""
-    labels = index.groupby("same_frame").label.transform("nunique")
-    return related(index[labels > 1])
-
-
 def assign_folds(index: pd.DataFrame, seed: int = 0) -> pd.Series:
     """Assign the groups to five folds, stratified by label.
 
@@ -462,25 +456,6 @@ def leak(split: pd.DataFrame) -> float:
 def lesions(index: pd.DataFrame) -> pd.DataFrame:
     """Return the rows that show a lesion: benign and malignant."""
     return index[index.label != "normal"].reset_index(drop=True)
-
-
-def random_split_leak(index: pd.DataFrame, column="group", test_share=0.2, repeats=200, seed=0) -> np.ndarray:
-    """Share of test images with a near-duplicate in training, under random image-level splits.
-
-    Args:
-        index: DataFrame from `load_index`.
-        column: what makes two images near-duplicates: "group" or "same_frame".
-        test_share: share of the images that a split holds out.
-        repeats: number of random splits.
-        seed: of the splits.
-
-    Returns:
-        float (repeats,), each between 0 and 1.
-    """
-    generator, groups = np.random.default_rng(seed), index[column].to_numpy()
-    n_test = round(test_share * len(groups))
-    orders = (groups[generator.permutation(len(groups))] for _ in range(repeats))
-    return np.array([np.isin(order[:n_test], order[n_test:]).mean() for order in orders])
 
 
 def signature(rows: pd.DataFrame) -> str:
