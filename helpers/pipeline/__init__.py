@@ -194,9 +194,8 @@ def load(folder: str | Path | None = None, device=None, precision: str = "auto")
         )
     weights, bias = np.array(settings["weights"]), np.array(settings["bias"])
     scores = {label: np.array(part) for label, part in settings["nonconformity"].items()}
-    detectors = [
-        detector.load(folder / f"detector-{number}.safetensors") for number in range(settings["detectors"])
-    ]
+    files = [folder / f"detector-{number}.safetensors" for number in range(settings["detectors"])]
+    detectors = [detector.load(file) for file in files]
     segmenter = sam.load(settings["segmenter"], device, precision)
     classifier, rules = diagnosis.Diagnosis(weights, bias, scores), Rules(**settings["rules"])
     return Pipeline(segmenter, detectors, classifier, rules, settings["card"])

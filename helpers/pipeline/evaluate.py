@@ -185,6 +185,5 @@ def dice_by(scores: pd.DataFrame, column: str, seed: int = 0) -> pd.DataFrame:
     lines = []
     for value, part in scores.groupby(column, sort=True):
         low, high = metrics.bootstrap_interval(part.dice, part.group, seed=seed)
-        line = {column: value, "images": len(part), "dice": part.dice.mean()}
-        lines.append(line | {"low": low, "high": high})
-    return pd.DataFrame(lines)
+        lines.append([value, len(part), part.dice.mean(), low, high])
+    return pd.DataFrame(lines, columns=[column, "images", "dice", "low", "high"])
