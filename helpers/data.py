@@ -1,15 +1,14 @@
 """Find BUSI, index it, read its images and masks, and split it without leaks.
 
-BUSI: W. Al-Dhabyani, M. Gomaa, H. Khaled, A. Fahmy, "Dataset of breast ultrasound images",
-Data in Brief 28 (2020) 104863. BUS-BRA: W. Gómez-Flores, M. J. Gregorio-Calas,
-W. Coelho de Albuquerque Pereira, Medical Physics 51 (2024) 3110, doi 10.5281/zenodo.8231412.
+BUSI: W. Al-Dhabyani, M. Gomaa, H. Khaled, A. Fahmy, "Dataset of breast ultrasound images", Data in Brief 28
+(2020) 104863. BUS-BRA: W. Gómez-Flores, M. J. Gregorio-Calas, W. Coelho de Albuquerque Pereira, Medical
+Physics 51 (2024) 3110, doi 10.5281/zenodo.8231412.
 
-`busi_groups.csv` says which BUSI images belong together and what is burned into them. It starts
-from the list of A. Pawlowska, P. Karwat, N. Zolek, letter to the editor, Data in Brief 48 (2023)
-109247 (Mendeley Data, doi 10.17632/k8t3gnx9h6.1, CC BY 4.0), and adds frames matched by
-registration and suspected frames of one lesion. BUSI has no patient ids: images are grouped, never
-"per patient". Its column `fold` is `assign_folds(index, seed=0)`, kept as a table so that the split
-is the same with every version of scikit-learn.
+`busi_groups.csv` says which BUSI images belong together and what is burned into them. It starts from the list
+of A. Pawlowska, P. Karwat, N. Zolek, letter to the editor, Data in Brief 48 (2023) 109247 (Mendeley Data,
+doi 10.17632/k8t3gnx9h6.1, CC BY 4.0), and adds frames matched by registration and suspected frames of one
+lesion. BUSI has no patient ids: images are grouped, never "per patient". Its column `fold` is
+`assign_folds(index, seed=0)`, kept as a table so that the split is the same with every scikit-learn.
 """
 
 import functools
@@ -79,10 +78,7 @@ def _dataset_folder(root, source):
 
 
 def load_index(root: str | Path | None = None) -> pd.DataFrame:
-    """Index BUSI, or a synthetic set in BUSI's layout.
-
-    Args:
-        root: as for `find_busi`.
+    """Index BUSI, or a synthetic set in BUSI's layout, at the place that `find_busi(root)` finds.
 
     Returns:
         DataFrame, one row per image, with `image_id` ("benign (1)"), `label`, `image_path`, `mask_paths`
@@ -95,66 +91,49 @@ def load_index(root: str | Path | None = None) -> pd.DataFrame:
         ValueError: the folder holds an image or a mask that the group table does not count.
     """
     folder = find_busi(root)
-    source, table = _group_table(folder)
-    images, masks = _list_files(folder)
+    is_synthetic = (folder.parent / synthetic.MARKER).is_file()  # such a set brings its own table
+    place = folder.parent if is_synthetic else resources.files("helpers")
+    with (place / "busi_groups.csv").open() as lines:
+        table = pd.read_csv(lines, keep_default_na=False)
+    images, masks = {}, {}  # of each image id: the image's path, and the tuple of its masks' paths
+    for path in (path for label in LABELS for path in sorted((folder / label).glob("*.png"))):
+        mask = re.fullmatch(r"(.+)_mask(_\d+)?", path.stem)
+        if mask:
+            masks[mask[1]] = (*masks.get(mask[1], ()), path)
+        else:
+            images[path.stem] = path
     _check_complete(folder, table, images, masks)
-    index = table.rename(columns={"image": "image_id", "class": "label"})
-    index["group"] = index.pop("group_extended")
-    index["same_frame"] = index.pop("group_same_frame")
-    index["image_path"] = index.image_id.map(images)
-    index["mask_paths"] = index.image_id.map(masks)
-    index["source"] = source
-    return index[[*COLUMNS, *index.columns.intersection(["fold"])]]
-
-
-def _group_table(folder):
-    """Return (source, table) for the dataset folder: a synthetic set brings its own table."""
-    if (folder.parent / synthetic.MARKER).is_file():
-        return "synthetic", pd.read_csv(folder.parent / "busi_groups.csv", keep_default_na=False)
-    with (resources.files("helpers") / "busi_groups.csv").open() as lines:
-        return "BUSI", pd.read_csv(lines, keep_default_na=False)
-
-
-def _list_files(folder):
-    """Map image id to its path, and image id to the tuple of its mask paths."""
-    images, masks = {}, {}
-    for label in LABELS:
-        for path in sorted((folder / label).glob("*.png")):
-            mask = re.fullmatch(r"(.+)_mask(_\d+)?", path.stem)
-            if mask:
-                masks[mask[1]] = (*masks.get(mask[1], ()), path)
-            else:
-                images[path.stem] = path
-    return images, masks
+    index = table.assign(
+        image_path=table.image.map(images),
+        mask_paths=table.image.map(masks),
+        source="synthetic" if is_synthetic else "BUSI",
+    )
+    names = {
+        "image": "image_id",
+        "class": "label",
+        "group_extended": "group",
+        "group_same_frame": "same_frame",
+    }
+    return index.rename(columns=names)[[*COLUMNS, *index.columns.intersection(["fold"])]]
 
 
 def _check_complete(folder, table, images, masks):
-    unknown = sorted(set(images) - set(table.image))
-    if unknown:
-        raise ValueError(
-            f"{folder} holds {len(unknown)} files that BUSI does not have, {_some(unknown)}; "
-            "take them out, or fetch the original set"
-        )
-    lost = [name for name in table.image if name not in images]
-    if lost:
-        raise FileNotFoundError(
-            f"{folder} lacks {len(lost)} of {len(table)} images, {_some(lost)}; fetch the set again"
-        )
-    surplus = table.image.map(masks).str.len().fillna(0) - table.n_masks
+    foreign, advice = sorted(set(images) - set(table.image)), "take them out, or fetch the original set"
+    _refuse(foreign, ValueError, f"{folder} holds", "files that BUSI does not have", advice)
+    lost, advice = [name for name in table.image if name not in images], "fetch the set again"
+    _refuse(lost, FileNotFoundError, f"{folder} lacks", f"of {len(table)} images", advice)
+    surplus = table.image.map(masks).map(len, na_action="ignore").fillna(0) - table.n_masks
     lost, added = list(table.image[surplus < 0]), list(table.image[surplus > 0])
-    if lost:
-        raise FileNotFoundError(
-            f"{folder} lacks mask files of {len(lost)} images, {_some(lost)}; fetch the set again"
-        )
-    if added:
-        raise ValueError(
-            f"{folder} holds more mask files than BUSI for {len(added)} images, {_some(added)}; "
-            "take them out: every mask file counts as truth"
-        )
+    _refuse(lost, FileNotFoundError, f"{folder} lacks mask files of", "images", advice)
+    advice = "take them out: every mask file counts as truth"
+    _refuse(added, ValueError, f"{folder} holds more mask files than BUSI for", "images", advice)
 
 
-def _some(names):
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _refuse(names, error, found, what, advice):
+    """Raise `error` where there are `names` of files or images: how many, and the first five."""
+    if names:
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise error(f"{found} {len(names)} {what}, {some}; {advice}")
 
 
 def load_dataset(choice: str = "auto", synthetic_images: int = 40) -> pd.DataFrame:
@@ -163,9 +142,6 @@ def load_dataset(choice: str = "auto", synthetic_images: int = 40) -> pd.DataFra
     Args:
         choice: "busi" (an error if it can't be had), "synthetic", or "auto": BUSI, else synthetic.
         synthetic_images: images per class of the synthetic set.
-
-    Returns:
-        DataFrame as from `load_index`; its column `source` names the data set.
     """
     if choice not in ("auto", "busi", "synthetic"):
         raise ValueError(f"data {choice!r} is none of 'auto', 'busi', 'synthetic'")
@@ -187,17 +163,14 @@ def load_dataset(choice: str = "auto", synthetic_images: int = 40) -> pd.DataFra
 
 
 def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Make synthetic images for a network to be pretrained on before it sees real ones.
+    """Make synthetic images to pretrain a network on: other ones than those that stand in for BUSI.
 
     Args:
-        images_per_class: `LEAST_PRETRAINING` or more.
+        images_per_class: `LEAST_PRETRAINING` or more; with fewer, ValueError.
         folder: to keep them in; "" is `helpers.cache.folder()`.
 
     Returns:
-        (train, val): rows of an index, of other images than those that stand in for BUSI.
-
-    Raises:
-        ValueError: fewer images than can be split.
+        (train, val): rows of an index.
     """
     if images_per_class < LEAST_PRETRAINING:
         raise ValueError(
@@ -213,17 +186,16 @@ def load_busbra(root: str | Path) -> pd.DataFrame:
     """Index BUS-BRA in its published layout, as an external test set.
 
     Args:
-        root: the folder with `bus_data.csv`, `Images/bus_*.png` and `Masks/mask_*.png`; copies
-            with `images/` and `masks/` and equal names are read too.
+        root: the folder with `bus_data.csv`, `Images/bus_*.png` and `Masks/mask_*.png`; copies with
+            `images/` and `masks/` and equal names are read too.
 
     Returns:
-        DataFrame with the columns of `load_index` but `fold`; `group` is the patient's case
-        number, and `birads` and `device` are added where the table has them.
+        DataFrame with the columns of `load_index` but `fold`; `group` is the patient's case number, and
+        `birads` and `device` are added where the table has them.
 
     Raises:
         FileNotFoundError: the table, a folder, an image or a mask is missing.
-        ValueError: the table lacks a column, or names a pathology that is neither benign nor
-            malignant.
+        ValueError: the table lacks a column, or names a pathology that is neither benign nor malignant.
     """
     root = Path(root)
     if not (root / "bus_data.csv").is_file():
@@ -240,35 +212,27 @@ def load_busbra(root: str | Path) -> pd.DataFrame:
     if odd:
         raise ValueError(f"{root / 'bus_data.csv'}: pathology {odd} is neither benign nor malignant")
     images, masks = _busbra_folder(root, "Images"), _busbra_folder(root, "Masks")
-    names = [(images / f"{name}.png", _busbra_mask(masks, name)) for name in table.ID]
-    lost = [str(path.relative_to(root)) for pair in names for path in pair if not path.is_file()]
-    if lost:
-        raise FileNotFoundError(f"{root} lacks {len(lost)} files, {_some(lost)}; fetch BUS-BRA again")
-    more = {column.lower(): table[column] for column in ("BIRADS", "Device") if column in table}
-    index = table.rename(columns={"ID": "image_id"}).assign(
+    index = table.rename(columns={"ID": "image_id", "BIRADS": "birads", "Device": "device"}).assign(
         label=label,
-        image_path=[image for image, _ in names],
-        mask_paths=[(mask,) for _, mask in names],
+        image_path=[images / f"{name}.png" for name in table.ID],
+        mask_paths=[(_busbra_mask(masks, name),) for name in table.ID],
         group=table.Case.astype(str),
         objection="",
         annotation="",
         same_frame=table.ID,
         source="BUS-BRA",
     )
-    return index[COLUMNS].assign(**more)
+    paths = [*index.image_path, *(path for [path] in index.mask_paths)]
+    lost = [str(path.relative_to(root)) for path in paths if not path.is_file()]
+    _refuse(lost, FileNotFoundError, f"{root} lacks", "files", "fetch BUS-BRA again")
+    return index[[*COLUMNS, *index.columns.intersection(["birads", "device"])]]
 
 
 def external(split: pd.DataFrame, limit: int = 0) -> pd.DataFrame:
     """Return the rows of an external test: BUS-BRA's, or (it says so) the test fold's without $BUSBRA_DIR.
 
-    The column `split` says "external", so that no table ranks them beside results of the test fold.
-
-    Args:
-        split: DataFrame from `split`.
-        limit: as for `scored`.
-
-    Raises:
-        FileNotFoundError: $BUSBRA_DIR is set, and BUS-BRA is not there.
+    The column `split` says "external", so that no table ranks them beside results of the test fold. `split`
+    and `limit` are as for `scored`. FileNotFoundError: $BUSBRA_DIR is set, and BUS-BRA is not there.
     """
     root = os.environ.get("BUSBRA_DIR")
     if not root:
@@ -295,10 +259,9 @@ def image_shape(row) -> tuple[int, int]:
 
 
 def read_truth(row) -> np.ndarray:
-    """Read the truth of one row of an index, at its image's own size; kept in memory for the next call.
+    """Read the truth of one row of an index, bool (H, W): its mask files joined, without specks.
 
-    Returns:
-        bool (H, W): the mask files joined, without specks.
+    It has its image's own size, and is kept in memory for the next call.
     """
     paths = row.image_path, *row.mask_paths
     shape, bits = _packed_truth(tuple((path, _changed(path)) for path in paths))
@@ -340,9 +303,7 @@ def related(index: pd.DataFrame, column: str = "same_frame") -> pd.DataFrame:
 def assign_folds(index: pd.DataFrame, seed: int = 0) -> pd.Series:
     """Assign the groups to five folds, stratified by label.
 
-    Args:
-        index: DataFrame with `label`, `group` and `objection`.
-        seed: of the shuffle. How scikit-learn shuffles has changed between its versions.
+    How scikit-learn shuffles with a seed has changed between its versions.
 
     Returns:
         int Series, 0 to 4 like `index`; -1 for the `multiclass` images, which no split uses.
@@ -378,11 +339,8 @@ def split(index: pd.DataFrame, fold: int = 0, seed: int = 0, grouped: bool = Tru
             own, and near-duplicates of test images are trained on. It shows how much that inflates scores.
 
     Returns:
-        DataFrame: `index` with the columns `fold`, `subset` ("train", "val" or "test"; no group in
-        two) and `split` ("grouped" or "random").
-
-    Raises:
-        ValueError: `fold` is not 0 to 4.
+        DataFrame: `index` with the columns `fold`, `subset` ("train", "val" or "test"; no group in two) and
+        `split` ("grouped" or "random").
     """
     if fold not in range(N_FOLDS):
         raise ValueError(f"fold {fold!r} is not one of 0 to {N_FOLDS - 1}")
@@ -435,11 +393,10 @@ def scored(index: pd.DataFrame, subset: str = "test", limit: int = 0) -> pd.Data
             f"nothing to score: subset {subset!r} has {len(rows)} images, the limit is {limit}; use "
             "'train', 'val' or 'test', and a limit of 0 (all) or more"
         )
-    rows = rows.sort_values("image_id", key=_natural, kind="stable")
-    rows = rows.drop_duplicates("group").reset_index(drop=True)
+    rows = rows.sort_values("image_id", key=_natural, kind="stable").drop_duplicates("group")
     if limit and limit < len(rows):
-        rows = rows.iloc[np.linspace(0, len(rows) - 1, limit).astype(int)].reset_index(drop=True)
-    return rows
+        rows = rows.iloc[np.linspace(0, len(rows) - 1, limit).astype(int)]
+    return rows.reset_index(drop=True)
 
 
 def _natural(names):

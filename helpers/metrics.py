@@ -114,12 +114,7 @@ def score(rows: pd.DataFrame, masks: dict, surface: bool = True) -> pd.DataFrame
 
 
 def summary(scores: pd.DataFrame, metrics=SEGMENTATION, seed: int = 0) -> pd.DataFrame:
-    """Summarise per-image scores: the mean of each metric with its 95 % interval.
-
-    Args:
-        scores: DataFrame from `score`.
-        metrics: columns to summarise.
-        seed: of the bootstrap.
+    """Summarise the scores of `score`: the mean of each metric with its 95 % bootstrap interval.
 
     Returns:
         DataFrame, one row per set of images ("lesions", then each label) and metric, with `images`,
@@ -192,12 +187,7 @@ def bootstrap_interval(values, groups=None, seed: int = 0) -> tuple[float, float
 
 
 def paired(after: pd.DataFrame, before: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Compare the Dice of two models image by image.
-
-    Args:
-        after: DataFrame from `score`.
-        before: DataFrame from `score`, of the same rows.
-        seed: of the bootstrap.
+    """Compare the Dice of two models image by image: the scores of `score` of the same rows.
 
     Returns:
         DataFrame, one row per set of images ("lesions", then each label): `images`, `difference` (mean of

@@ -233,8 +233,7 @@ def _shift(field, down, right):
 def _fibres(rng, shape, scale_z, scale_x, thickness):
     """Return thin interfaces, float32 `shape` from 0 to 1: the zero lines of a smooth field.
 
-    Like a real interface they are bright where they lie across the beam and fade where they run
-    along it.
+    Like a real interface they are bright where they lie across the beam and fade where they run along it.
     """
     field = _noise(rng, shape, scale_z, scale_x)
     slope_z, slope_x = np.gradient(field)
