@@ -32,7 +32,7 @@ pipeline: .venv/installed ## train the automatic pipeline for each test fold of 
 	.venv/bin/python -m helpers.pipeline.train --results results
 
 table: .venv/installed ## make README's tables and figure from results/
-	.venv/bin/python -m helpers.tables
+	.venv/bin/python results/make_tables.py
 
 benchmark: .venv/installed ## time embedding, fine-tuning, the U-Net's input, the pipeline, searches and bulk work: an hour
 	.venv/bin/python tests/benchmarks/embed.py

@@ -19,7 +19,7 @@ Lessons use the core:
 | `quiet` | hold back the start-up notes of libraries |
 | `metrics` | segmentation and classification scores, a rule for every empty case, intervals |
 | `results` | one JSON per model and run: written, read, selected by key |
-| `tables` | what is made of them: the tables of notebook 06 and of the README |
+| `tables` | what is made of them: tables of models side by side |
 | `plots` | `overlay` and the other figures of the notebooks |
 
 The wings are for later; the core never imports from them:

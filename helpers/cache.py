@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,29 +28,47 @@ def folder(path: str | Path = "") -> Path:
 
 @contextlib.contextmanager
 def atomic(target: str | Path) -> Iterator[Path]:
-    """Give a path to write to; what lies there afterwards becomes `target`, whole or not at all.
+    """Give a path to write to; the file or folder there afterwards becomes `target`, whole or not at all.
 
     The path ends like `target`, so that a library which looks at the suffix writes the right format.
 
     Raises:
-        OSError: the file can't be written; what stood there before is untouched.
+        OSError: it can't be written; what stood there before is untouched.
     """
     target = Path(target)
     scratch = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, target)
+        if scratch.is_file():
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+        if scratch.is_dir() and target.is_dir():
+            _swap(scratch, target)
+        else:
+            os.replace(scratch, target)
     except OSError as error:
         raise OSError(
             f"{target} could not be written ({error.strerror or error}); make room or choose another "
             "folder. What stood there before is untouched"
         ) from error
     finally:
+        shutil.rmtree(scratch, ignore_errors=True)
         with contextlib.suppress(OSError):
             scratch.unlink()
+
+
+def _swap(new, folder):
+    """Put `new` in the place of `folder`, which no rename replaces; a stop in between leaves the old one."""
+    old = folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(old, ignore_errors=True)  # from a kill after the swap; `folder` is whole
+    os.replace(folder, old)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old)
 
 
 def write(target: str | Path, content: bytes | str) -> None:
@@ -68,18 +87,12 @@ def key(*parts) -> str:
 
 
 def _plain(value):
-    if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
-    return str(value)
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training in the cache. Its table `history.csv` is written last: where it lies, the run is done.
-
-    Attributes:
-        folder: of the run.
-    """
+    """One training in the cache. Its table `history.csv` is written last: where it lies, the run is done."""
 
     folder: Path
 

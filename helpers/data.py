@@ -421,17 +421,6 @@ def lesions(index: pd.DataFrame) -> pd.DataFrame:
     return index[index.label != "normal"].reset_index(drop=True)
 
 
-def random_split_leak(index: pd.DataFrame, column="group", seed=0) -> np.ndarray:
-    """Return for 200 random image-level splits the share of test images with a near-duplicate in training.
-
-    Each holds out 20 % of the images. `column`, "group" or "same_frame", says what makes two near-duplicates.
-    """
-    generator, groups = np.random.default_rng(seed), index[column].to_numpy()
-    n_test = round(0.2 * len(groups))
-    orders = (groups[generator.permutation(len(groups))] for _ in range(200))
-    return np.array([np.isin(order[:n_test], order[n_test:]).mean() for order in orders])
-
-
 def signature(rows: pd.DataFrame) -> str:
     """Return a hash of the pixels, masks and names of `rows`, the same however files are stored."""
     digest = hashlib.sha256()

@@ -353,12 +353,6 @@ def class_table(probabilities_by_name: dict, rows: pd.DataFrame, seed: int = 0) 
     return pd.DataFrame(lines).T
 
 
-def majority(train: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
-    """Return float (N, 3) for N rows: the class frequencies in training, the baseline of a classifier."""
-    shares = train.label.value_counts(normalize=True).reindex(data.LABELS, fill_value=0)
-    return np.tile(shares.to_numpy(), (len(rows), 1))
-
-
 def _calibration_error(probabilities, correct, bins=10):
     """Expected calibration error: C. Guo et al., ICML 2017."""
     confidence = probabilities.max(axis=1)

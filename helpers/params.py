@@ -42,12 +42,7 @@ SETTINGS = {
 
 
 def param(name, default):
-    """Return the setting `name`: `$NB_<name>` in the type of `default`, else `default`.
-
-    Args:
-        name: one of `SETTINGS`.
-        default: the value without an override; its type (bool, int, float or str) is the
-            setting's type.
+    """Return the setting `name`: `$NB_<name>` in the type of `default` (bool, int, float or str), else it.
 
     Raises:
         KeyError: `name` is not in `SETTINGS`.
@@ -68,22 +63,14 @@ def param(name, default):
     text = os.environ.get(PREFIX + name)
     if text is None:
         return default
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     try:
-        return _parse(text, type(default))
-    except ValueError:
+        return words[text.lower()] if isinstance(default, bool) else type(default)(text)
+    except (KeyError, ValueError):
         raise ValueError(
             f"{PREFIX}{name}={text!r} is not of type {type(default).__name__}; "
             f"{SETTINGS[name]} (default {default!r})"
         ) from None
-
-
-def _parse(text, kind):
-    if kind is bool:
-        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-        if text.lower() not in words:
-            raise ValueError
-        return words[text.lower()]
-    return kind(text)
 
 
 def _suggest(name, prefix=""):

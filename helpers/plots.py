@@ -276,41 +276,6 @@ def feature_maps(maps: dict, row) -> Figure:
 # Classification
 
 
-def confusion(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
-    """Confusion matrices of N rows, by true and most probable class: dict from a title to float (N, 3)."""
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    figure, cells = _panels(len(probabilities_by_name), 4, 3.8)
-    for cell, (name, probabilities) in zip(cells, probabilities_by_name.items()):
-        predicted = np.array(data.LABELS)[np.asarray(probabilities).argmax(axis=1)]
-        ConfusionMatrixDisplay.from_predictions(
-            rows.label, predicted, labels=data.LABELS, cmap="Blues", colorbar=False, ax=cell
-        )
-        cell.set_title(name, fontsize=10)
-        cell.set(xlabel="predicted", ylabel="true")
-        cell.tick_params(axis="y", rotation=90)
-        plt.setp(cell.get_yticklabels(), va="center")
-    return finish(figure, rows, "Held-out images by class")
-
-
-def roc_curves(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
-    """ROC of each class against the rest, one panel per name; a class without images has none."""
-    from sklearn.metrics import RocCurveDisplay
-
-    figure, cells = _panels(len(probabilities_by_name), 4, 3.9, sharey=True)
-    for cell, (name, probabilities) in zip(cells, probabilities_by_name.items()):
-        shown = [label for label in data.LABELS if 0 < (rows.label == label).sum() < len(rows)]
-        cell.set_prop_cycle(color=[LABEL_COLOURS[label] for label in shown])
-        for label in shown:
-            found = np.asarray(probabilities)[:, data.LABELS.index(label)]
-            RocCurveDisplay.from_predictions(rows.label == label, found, name=label, ax=cell)
-        cell.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=0.8)
-        cell.set_title(name, fontsize=10)
-        cell.set(xlabel="false-positive rate", ylabel="true-positive rate")
-        cell.legend(frameon=False, loc="lower right", fontsize=9)
-    return finish(figure, rows, "ROC of each class against the rest")
-
-
 def calibration(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
     """How often the most probable class is right, against its probability, in bins of equal count.
 

@@ -1,13 +1,10 @@
-"""What is made of result files: the tables and the figure of README and of notebook 06.
-
-`python -m helpers.tables`, which is `make table`, writes README's. A row is found by its key and prompt.
-"""
+"""What is made of result files: tables of models side by side. A row is found by its key and prompt."""
 
 import pandas as pd
 
-from helpers import cache, data, metrics
+from helpers import metrics
 from helpers.metrics import interval_text
-from helpers.results import INPUTS, PROMPTS, folder, load_all, opened, select
+from helpers.results import INPUTS, PROMPTS
 
 # What the comparison wants to see: the notebook that makes it, the key and the prompt.
 EXPECTED = (
@@ -84,33 +81,6 @@ def leakage_table(results: pd.DataFrame, fold=0, seed=0, source="BUSI") -> pd.Da
     return pd.DataFrame(columns)
 
 
-def folds_table(results: pd.DataFrame, source="BUSI") -> pd.DataFrame:
-    """Show the pipeline on each test fold, each time trained without it, and with all five their mean.
-
-    `results` are from `load_all`; `source` is as for `select`. All cells are text.
-    """
-    columns = {
-        "Dice": ("lesions_dice", ".3f"),
-        "Lesions found": ("sensitivity", ".0%"),
-        "False alarms per normal image": ("false_alarms_per_normal_image", ".2f"),
-        "Accuracy": ("all_accuracy", ".3f"),
-        "Malignant sensitivity": ("all_sensitivity", ".3f"),
-        "Calibration error": ("all_calibration_error", ".3f"),
-    }
-    wanted = {"key": "pipeline", "seed": 0, "source": source, "split": "grouped"}
-    rows = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)]
-    rows = rows[rows.images == rows.groupby("fold").images.transform("max")]
-    # The files of segmentation and classification of a fold fill each other's gaps.
-    names = [column for column, _ in columns.values()]
-    folds = rows.reindex(columns=["fold", *names]).groupby("fold").first()
-    if len(folds) == data.N_FOLDS:
-        folds.loc["mean"] = folds.mean()
-    texts = {
-        title: [_text(value, digits) for value in folds[name]] for title, (name, digits) in columns.items()
-    }
-    return pd.DataFrame({"Test fold": folds.index.astype(str)} | texts)
-
-
 def beside_published(results: pd.DataFrame) -> pd.DataFrame:
     """Put the reference project's table beside our rows of `select`, in the same losses, as text.
 
@@ -141,86 +111,3 @@ def _with_interval(rows, column, digits):
         return [""] * len(rows)
     parts = rows[column], rows[f"{column}_low"], rows[f"{column}_high"]
     return [interval_text(*values, digits) for values in zip(*parts)]
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """Write a DataFrame of text as a Markdown table."""
-    lines = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def ablation_table() -> pd.DataFrame:
-    """Lay results/ablation.csv out for reading, as text: each variant of fine-tuning, by validation Dice."""
-    titles = {"variant": "Variant", "kept_epoch": "Kept epoch", "tight_dice": "Dice, tight box"}
-    titles |= {"tight_benign": "benign", "tight_malignant": "malignant"}
-    titles |= {"jittered_dice": "Dice, jittered box"}
-    variants = pd.read_csv(folder() / "ablation.csv")[list(titles)]
-    variants["kept_epoch"] = [_text(epoch, ".0f") for epoch in variants.kept_epoch]
-    dice = list(titles)[2:]
-    variants[dice] = variants[dice].map("{:.4f}".format)
-    return variants.rename(columns=titles)
-
-
-def tuned_table(path="") -> pd.DataFrame:
-    """Lay out what retrained configs score on the test fold, from `helpers.scale.search.read_test`'s files.
-
-    The files lie in `tuned/` of the folder of result files, `path` as for `folder`, and their keys end in
-    "-default" and "-winner". Intervals are over groups, gains on the same images. All cells are text.
-    """
-    parts: dict[str, list] = {}
-    for file in sorted((folder(path) / "tuned").glob("*.json")):
-        with opened(file) as result:
-            images = result["per_image"]
-            scores = pd.DataFrame({name: images[name] for name in ("image_id", "label", "group")})
-            if result["task"] == "classification":
-                found = pd.DataFrame(images["probability"]).idxmax(axis=1)
-                scores = scores.assign(score=(found == scores.label).astype(float), measure="accuracy")
-            else:
-                scores = scores.assign(score=images["dice"], measure="Dice").query("label != 'normal'")
-            model, _, config = result["key"].rpartition("-")
-            title = result["title"].removesuffix(f", {config}")
-            parts.setdefault(model, []).append(scores.assign(title=title, config=config, seed=result["seed"]))
-    rows = []
-    for each in parts.values():
-        scores = pd.concat(each, ignore_index=True)
-        for row in metrics.compare(scores, "default").to_dict("records"):
-            line = {"Model": scores.title[0], "Config": row["config"]}
-            line |= {"Images": str(scores.image_id.nunique()), "Score": scores.measure[0]}
-            line["Mean of the seeds"] = interval_text(row["mean"], row["low"], row["high"])
-            seeds = [value for title, value in row.items() if title.startswith("seed ")]
-            line["Each seed"] = ", ".join(f"{value:.3f}" for value in seeds)
-            low, high = row.get("gain_low"), row.get("gain_high")
-            rows.append(line | {"Gain over the default": interval_text(row.get("gain"), low, high, "+.3")})
-    return pd.DataFrame(rows)
-
-
-def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the tables of README by the name of their block, from the frame of `load_all`."""
-    return {
-        "results": table(select(results)),
-        "classes": class_table(select(results)),
-        "published": beside_published(select(results)),
-        "leakage": leakage_table(results),
-        "folds": folds_table(results),
-        "ablation": ablation_table(),
-        "tuned": tuned_table(),
-    }
-
-
-def write_readme() -> None:
-    """Make README's tables and figure from the files in results/."""
-    from helpers import plots
-
-    everything = load_all()
-    readme = folder().parent / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, frame in readme_tables(everything).items():
-        before, start, rest = text.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        text = f"{before}{start}\n{markdown(frame)}\n{end}{after}"
-    cache.write(readme, text)
-    plots.comparison(select(everything)).savefig(folder() / "comparison.png", dpi=150)
-
-
-if __name__ == "__main__":
-    write_readme()

@@ -1,7 +1,7 @@
 """The one way to train a torch network: `fit`, on `transformers.Trainer`.
 
-A network's `forward` takes a batch and returns a dict of scalar tensors: `loss`, and whatever else is worth
-a column, each the mean over the batch:
+A network's `forward` takes a batch and returns a dict of scalar tensors, means over the batch: `loss`, and
+whatever else is worth a column:
 
     def forward(self, pixels, label):
         logits = self.layers(pixels)
@@ -46,31 +46,20 @@ SCHEDULES = ("constant", "linear", "cosine", "one cycle")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What every training has; a subclass adds its own fields and defaults (with `limited` again).
+    """What every training has; a subclass adds its own fields and defaults (with `limited` again)."""
 
-    Attributes:
-        epochs: passes over the training images.
-        learning_rate: of the optimiser, at the start; with "one cycle" at the peak.
-        weight_decay: of the optimiser.
-        batch_size: images per step, over all processes; an epoch's batches differ by one at most.
-        optimizer: "adam", "adamw" or "sgd" (momentum 0.9).
-        schedule: of the learning rate, by steps: "constant", "linear" or "cosine" (both down to 0), or
-            "one cycle" (up over the first fifth, then down; L. Smith, 2018).
-        average: decay of an exponential moving average of the weights, such as 0.99, which is then what
-            is validated and kept; 0 for none.
-        max_grad_norm: the norm that gradients are cut to; 0 leaves them.
-        seed: of the order, and of what network and training set draw from torch's generator.
-    """
-
-    epochs: int = limited(20, at_least=1)
-    learning_rate: float = limited(1e-3, above=0)
+    epochs: int = limited(20, at_least=1)  # passes over the training images
+    learning_rate: float = limited(1e-3, above=0)  # at the start; with "one cycle" at the peak
     weight_decay: float = limited(0.0, at_least=0)
-    batch_size: int = limited(8, at_least=1)
-    optimizer: str = limited("adamw", options=tuple(OPTIMIZERS))
+    batch_size: int = limited(8, at_least=1)  # images per step, over all processes; batches differ by one
+    optimizer: str = limited("adamw", options=tuple(OPTIMIZERS))  # "sgd" has a momentum of 0.9
+    # of the learning rate, by steps: "linear" and "cosine" go down to 0, "one cycle" up over the first
+    # fifth, then down (L. Smith, 2018)
     schedule: str = limited("constant", options=SCHEDULES)
+    # decay of an exponential moving average of the weights, which is then validated and kept; 0 for none
     average: float = limited(0.0, at_least=0, below=1)
-    max_grad_norm: float = limited(0.0, at_least=0)
-    seed: int = 0
+    max_grad_norm: float = limited(0.0, at_least=0)  # what gradients are cut to; 0 leaves them
+    seed: int = 0  # of the order, and of what network and training set draw from torch's generator
 
     def __post_init__(self):
         check(self)
@@ -93,20 +82,20 @@ def fit(
 ) -> pd.DataFrame:
     """Train what requires gradients; the network is left in evaluation mode with the best weights.
 
-    A stopped run resumes from its checkpoint and gives the numbers of an unbroken one; a finished one
-    is read. The caller's generators (torch, NumPy, Python) stay as they were.
+    A stopped run resumes from its checkpoint and gives the numbers of an unbroken one; a finished one is
+    read. The caller's generators (torch, NumPy, Python) stay as they were.
 
     Args:
         network: as above, on its device; changed in place.
         train_set: a map-style dataset whose items are dicts of `forward`'s arguments, or a function that
-            makes it, called only where there is something to train. It may have `set_epoch(epoch)`,
-            called with 1, 2, ...; `__getitems__(positions)`, a batch at once; `collate(items)`.
-        config: of the training.
+            makes it, called only where there is something to train. It may have `set_epoch(epoch)`, called
+            with 1, 2, ...; `__getitems__(positions)`, a batch at once; `collate(items)`.
+        config: epochs, batches, optimiser and seed.
         run: where checkpoint, weights and history are kept.
         validate: called after each epoch with the network in evaluation mode, under no_grad, with the
             averaged weights in place; returns columns of the history, finite numbers.
-        metric: the column that chooses the best epoch, the first of equal ones; "" keeps the last.
-        greater_is_better: of the metric.
+        metric, greater_is_better: the column that chooses the best epoch, the first of equal ones; "" keeps
+            the last.
         from_start: epoch 0, the weights as they came, is validated too and takes part.
         mixed: multiply in bfloat16.
         write_every: seconds between two checkpoints; a stop loses at most these and an epoch.
@@ -114,9 +103,9 @@ def fit(
         description: of the progress bar.
 
     Returns:
-        DataFrame, one row per epoch: `epoch`, `learning_rate` (at its start), `train_<name>` for all that
-        `forward` returns (means over the images, each before its step), what `validate` returns,
-        `seconds`, and `best` (True for the epoch that is kept).
+        One row per epoch: `epoch`, `learning_rate` (at its start), `train_<name>` for all that `forward`
+        returns (means over the images, each before its step), what `validate` returns, `seconds`, and `best`
+        (True for the epoch that is kept).
 
     Raises:
         ValueError: a batch that processes can't share; a checkpoint that is damaged or of another run.
@@ -124,7 +113,8 @@ def fit(
         MemoryError: the memory ran out; names batch_size.
         OSError: the folder can't be written to.
     """
-    weights = _trainable(network)
+    frozen = {name for name, weight in network.named_parameters() if not weight.requires_grad}
+    weights = {name: value for name, value in network.state_dict().items() if name not in frozen}
     if run.finished:
         _set(weights, _read(run, "weights.pt")["best"])
         network.eval()
@@ -139,7 +129,6 @@ def fit(
         train_set = train_set()
     sign = 1 if greater_is_better or not metric else -1
     epochs = _Epochs(network, weights, train_set, config, run, validate, metric, sign, report, write_every)
-    epochs.resume()
     with contextlib.ExitStack() as at_end:
         at_end.callback(random.setstate, random.getstate())
         at_end.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
@@ -201,10 +190,7 @@ class _Trainer(Trainer):
         self.epochs.add(measures, len(next(iter(inputs.values()))))
         return measures["loss"]
 
-    def _nothing(self, *arguments, **options):
-        pass
-
-    _get_grad_norm = log = _nothing
+    _get_grad_norm = log = lambda self, *arguments, **options: None
 
 
 @dataclasses.dataclass(eq=False)
@@ -238,17 +224,15 @@ class _Epochs(TrainerCallback):
             self.schedule = get_scheduler(config.schedule, self.optimizer, 0, steps)
         self.best, self.history, self.written = _copy(self.weights), [], time.monotonic()
         self.average = _copy(self.weights) if config.average else {}
-
-    def done(self):
-        return self.history[-1]["epoch"] if self.history else 0
-
-    def resume(self):
         if saved := _read(self.run, "checkpoint.pt"):
             self.best, self.history = saved["best"], saved["history"]
             for name in ("weights", "average"):
                 _set(getattr(self, name), saved[name])
             for name in ("optimizer", "schedule"):
                 getattr(self, name).load_state_dict(saved[name])
+
+    def done(self):
+        return self.history[-1]["epoch"] if self.history else 0
 
     def leave(self):
         """Whatever ended the training: leave the best weights, and all else as it was."""
@@ -329,9 +313,8 @@ class _Epochs(TrainerCallback):
         if wrong:
             best = self.history[self.best_place()]["epoch"] if self.history else 0
             raise FloatingPointError(
-                f"{where} is no finite number ({wrong}; learning_rate "
-                f"{self.config.learning_rate:g}); lower learning_rate. The network keeps the weights "
-                f"of epoch {best}, the best so far"
+                f"{where} is no finite number ({wrong}; learning_rate {self.config.learning_rate:g}); lower "
+                f"learning_rate. The network keeps the weights of epoch {best}, the best so far"
             )
 
 
@@ -343,12 +326,6 @@ def _batches(count, config, epoch):
     # Every process needs its share of the last batch, so it may be filled up with its first image.
     filled = [np.append(batch, batch[:1].repeat(-len(batch) % world)) for batch in batches]
     return [batch[rank::world].tolist() for batch in filled]
-
-
-def _trainable(network):
-    """Return the state of a network without its frozen weights: its own tensors, not copies."""
-    frozen = {name for name, weight in network.named_parameters() if not weight.requires_grad}
-    return {name: value for name, value in network.state_dict().items() if name not in frozen}
 
 
 def _copy(weights):

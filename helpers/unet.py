@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from helpers import cache, data
+from helpers.devices import multiplies_bfloat16
 from helpers.params import check, limited
 from helpers.quiet import quiet_stderr
 
@@ -50,6 +51,7 @@ VERSION = 2  # raise it with every change that gives other numbers: older runs a
 VALIDATED = {"loss": "dice+ce", "batch_norm": True, "augment": 1.0, "pretrain_images": 500}
 VALIDATED |= {"schedule": "cosine", "average": 0.99}
 LEVELS = 4  # of pooling
+# The last layer of each level has its name.
 LEVEL_NAMES = [f"down_{k + 1}" for k in range(LEVELS)] + ["bottleneck"]
 LEVEL_NAMES += [f"up_{k + 1}" for k in reversed(range(LEVELS))]
 LAST = {"data_format": "channels_last"}  # said to each layer: keras.json may ask for the other
@@ -110,10 +112,8 @@ class Config:
 def build(config: Config | None = None) -> keras.Model:
     """Build a U-Net with random weights; without a config the reference network.
 
-    Returns:
-        keras.Model named "unet", from float (N, size, size, 1) in 0..1 to (N, size, size, 1): logits,
-        or with the loss "mse" the output of a ReLU. The last layer of each level is named "down_1"
-        to "down_4", "bottleneck", "up_4" to "up_1".
+    It leads from float (N, size, size, 1) in 0..1 to (N, size, size, 1): logits, or with the loss "mse" the
+    output of a ReLU.
     """
     config = config or Config()
     keras.utils.set_random_seed(config.seed)
@@ -176,19 +176,13 @@ def default_width() -> int:
 
 def _policy(precision):
     if precision == "auto":
-        from helpers.devices import multiplies_bfloat16
-
         native = multiplies_bfloat16(torch.device(device()))
         precision = "bfloat16" if native else "float16" if _GPUS else "float32"
     return precision if precision == "float32" else f"mixed_{precision}"
 
 
 def pixels(rows: pd.DataFrame, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read the images and masks of index rows, stretched to size x size pixels.
-
-    Returns:
-        (uint8 (N, size, size, 1) grey images, uint8 (N, size, size, 1) masks of 0 and 1).
-    """
+    """Read grey images and masks of 0 and 1 of index rows, both stretched to uint8 (N, size, size, 1)."""
     images = np.stack([_stretch(data.read_image(path), size) for path in rows.image_path])
     truths = (data.read_truth(row).astype(np.float32) for row in rows.itertuples())
     masks = [cv2.resize(truth, (size, size), interpolation=cv2.INTER_AREA) for truth in truths]
@@ -227,13 +221,9 @@ def _augmentation(strength):
 
 
 def batches(rows: pd.DataFrame, config: Config, done: int = 0) -> tf.data.Dataset:
-    """Make the endless training stream of index rows: shuffled, augmented, repeatable.
+    """Make the endless training stream of index rows, shuffled and augmented, after `done` steps.
 
-    Args:
-        done: steps to skip, which costs nothing.
-
-    Returns:
-        tf.data.Dataset of (images in 0..1, masks of 0 and 1), float32 (batch_size, size, size, 1).
+    Its items are (images in 0..1, masks of 0 and 1), float32 (batch_size, size, size, 1).
     """
     images, masks = (tf.constant(array) for array in pixels(rows, config.size))
     augmentation = _augmentation(config.augment) if config.augment else []
@@ -266,21 +256,19 @@ def fit(
 ) -> tuple[keras.Model, pd.DataFrame]:
     """Train a U-Net; it ends with the weights of the best epoch by mean Dice on `val`.
 
-    The run is kept in a folder of its own, named by data and config. A stopped run resumes after its
-    last whole epoch; a finished one is read.
+    A stopped run resumes after its last whole epoch; a finished one is read.
 
     Args:
         train: rows of an index; normal images take part with their empty mask.
         val: rows of an index to choose the epoch by; never the test fold.
         folder: for the runs; "" is `helpers.cache.folder()`.
-        report: called after each epoch with the history so far, a list of dicts; what it raises ends
-            the training.
+        report: as for `helpers.training.fit`.
         config: the fields of `Config`.
 
     Returns:
-        (keras.Model, DataFrame). The frame has one row per epoch from 1: `epoch`, `loss`, `dice` (on the
-        network's own grid, normal images included) and, with the loss "mse", Keras' `mean_iou`, each
-        as `train_` (of augmented images) and `val_`; `seconds`, `best` (the epoch that is kept), `source`.
+        The network, and one row per epoch from 1: `epoch`, `loss`, `dice` (on the network's own grid, normal
+        images included) and, with the loss "mse", Keras' `mean_iou`, each as `train_` (of augmented images)
+        and `val_`; `seconds`, `best` (the epoch that is kept), `source`.
 
     Raises:
         ValueError: a config out of its limits, or groups that lie in both sets.
@@ -308,7 +296,10 @@ def _train(train, val, config, run, folder, report):
     done = max((int(path.name.removeprefix("state-")) for path in work.glob("state-*")), default=0)
     network = build(config)
     if config.pretrain_images and not done:
-        network.set_weights(_pretrain(config, folder).get_weights())
+        synthetic = data.pretraining_set(config.pretrain_images, folder)
+        print(f"first {len(synthetic[0])} synthetic images, then the training images")
+        first = dataclasses.asdict(config) | {"pretrain_images": 0, "epochs": config.pretrain_epochs}
+        network.set_weights(fit(*synthetic, folder, **first)[0].get_weights())
     compile_network(network, config, config.epochs * steps)
     checkpoint = {"monitor": "val_dice", "mode": "max", "save_best_only": True}
     if done:
@@ -381,14 +372,6 @@ def _train(train, val, config, run, folder, report):
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _pretrain(config, folder):
-    """Train on synthetic images first; the run is kept and serves every split of the real ones."""
-    train, val = data.pretraining_set(config.pretrain_images, folder)
-    first = {"pretrain_images": 0, "epochs": config.pretrain_epochs}
-    print(f"first {len(train)} synthetic images, then the training images")
-    return fit(train, val, folder, **dataclasses.asdict(config) | first)[0]
-
-
 def _history(log):
     table = pd.read_csv(log)
     table["epoch"] += 1  # Keras counts from 0
@@ -425,20 +408,16 @@ def load(path: str | Path) -> keras.Model:
 
 
 def predict(network: keras.Model, image: np.ndarray, mirror: bool = False) -> np.ndarray:
-    """Find the lesion in one image, uint8 (H, W, 3) RGB.
+    """Return the probability of lesion, float32 (H, W), in an image, uint8 (H, W, 3) RGB.
 
-    `mirror` averages the logits with those of the mirrored image.
-
-    Returns:
-        float32 (H, W): the probability of lesion; the ReLU head's output, cut off at 1, stands for one.
+    `mirror` averages the logits with those of the mirrored image. A ReLU's output is cut off at 1.
     """
     return _probabilities(network, [image], mirror)[0]
 
 
 def predict_masks(network: keras.Model, rows: pd.DataFrame, mirror: bool = False) -> dict:
     """Return a dict from image_id to bool (H, W): `predict` above 0.5 for each row."""
-    images = [data.read_image(path) for path in rows.image_path]
-    found = _probabilities(network, images, mirror)
+    found = _probabilities(network, [data.read_image(path) for path in rows.image_path], mirror)
     return {name: probability > 0.5 for name, probability in zip(rows.image_id, found)}
 
 
@@ -452,13 +431,6 @@ def _probabilities(network, images, mirror):
     if network.get_layer("head").activation is keras.activations.relu:
         return [np.clip(output, 0, 1) for output in own]
     return [1 / (1 + np.exp(-np.clip(logits, -80, 80))) for logits in own]
-
-
-def levels(network: keras.Model) -> pd.DataFrame:
-    """List what each level of a U-Net makes: DataFrame of `level`, `side` (pixels) and `features`."""
-    shapes = [network.get_layer(name).output.shape for name in LEVEL_NAMES]
-    sides, features = [shape[1] for shape in shapes], [shape[3] for shape in shapes]
-    return pd.DataFrame({"level": LEVEL_NAMES, "side": sides, "features": features})
 
 
 def feature_maps(network: keras.Model, image: np.ndarray) -> dict[str, np.ndarray]:

@@ -32,35 +32,29 @@ WIDTH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Config(training.Config):
-    """What a run depends on besides the data: the fields of `helpers.training.Config`, and these.
-
-    Attributes:
-        learning_rate: at the start, from where it falls along a cosine; None: `RATES`.
-        weights: "imagenet" (torchvision's, downloaded), "synthetic" (a run of its own on synthetic images
-            without masks: `pretrain_images` per class, `pretrain_epochs` passes), or "scratch".
-        size: pixels; every image is stretched to size x size.
-        width: features of the first convolution. torchvision's network has 64; another width scales
-            every layer, and knows no ImageNet weights.
-        augment: strength of `helpers.augment.augment`, of which each epoch shows another; 0 is none.
-        loss: "ce" (cross entropy) or "focal" (T.-Y. Lin et al., ICCV 2017; MONAI's, gamma 2); in both
-            each class is weighted by the inverse of its share.
-        precision: "float32", "bfloat16", or "auto": bfloat16 where it is native.
-    """
+    """What a run depends on besides the data: the fields of `helpers.training.Config`, and these."""
 
     epochs: int = limited(50, at_least=1)
-    learning_rate: float = limited(None, above=0)
+    learning_rate: float = limited(None, above=0)  # at the start; None: `RATES`
     weight_decay: float = limited(1e-2, at_least=0)
     batch_size: int = limited(16, at_least=1)
     schedule: str = limited("cosine", options=training.SCHEDULES)
     max_grad_norm: float = limited(5.0, at_least=0)
+    # "imagenet" (torchvision's, downloaded), "synthetic" (a run of its own on synthetic images without masks:
+    # `pretrain_images` per class, `pretrain_epochs` passes) or "scratch"
     weights: str = limited("scratch", options=tuple(RATES))
-    size: int = limited(224, at_least=32)  # five poolings leave one pixel
+    size: int = limited(224, at_least=32)  # pixels: images are stretched to it; five poolings leave one
+    # features of the first convolution; another width than torchvision's 64 scales every layer
     width: int = limited(WIDTH, at_least=1)
     pretrain_images: int = 500
     pretrain_epochs: int = limited(8, at_least=1)
     activation: str = limited("relu", options=tuple(ACTIVATIONS))
+    # strength of `helpers.augment.augment`, of which each epoch shows another; 0 is none
     augment: float = limited(1.0, at_least=0)
+    # cross entropy, or focal loss (T.-Y. Lin et al., ICCV 2017; MONAI's, gamma 2); in both each class is
+    # weighted by the inverse of its share
     loss: str = limited("ce", options=("ce", "focal"))
+    # "auto": bfloat16 where it is native
     precision: str = limited("auto", options=("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
@@ -123,29 +117,19 @@ def _scaled(width):
     return network
 
 
-def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Tint the pixels of a mask: uint8 (H, W, 3) RGB and bool (H, W) to uint8 (H, W, 3)."""
-    return np.where(mask[..., None], image // 2 + np.array(TINT, np.uint8), image)
-
-
 def pictures(rows: pd.DataFrame, size: int, masks: dict | None = None) -> np.ndarray:
     """Read what the network sees, before its normalisation: uint8 (N, size, size, 3) RGB.
 
-    `masks`, a dict from image_id to bool (H, W), are laid over the images of `rows`, where there are any.
+    `masks`, a dict from image_id to bool (H, W), tint the pixels of lesion, where it is given.
     """
     images = []
     for row in rows.itertuples():
         image = data.read_image(row.image_path)
         if masks is not None:
-            image = overlay(image, masks[row.image_id])
+            tinted = image // 2 + np.array(TINT, np.uint8)
+            image = np.where(masks[row.image_id][..., None], tinted, image)
         images.append(cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA))
     return np.stack(images)
-
-
-def views(row: pd.Series, size: int, numbers, seed: int = 0) -> list[np.ndarray]:
-    """Return what training makes of one image: its augmentations `numbers`, uint8 (size, size, 3)."""
-    image = pictures(row.to_frame().T, size)[0]
-    return [augment.augment(image, None, number, row.image_id, seed)[0] for number in numbers]
 
 
 def fit(
@@ -154,10 +138,10 @@ def fit(
     """Train a VGG-16, and keep the epoch with the lowest loss on `val`; see `helpers.training.fit`.
 
     Args:
-        train, val: rows of an index. The epoch is chosen by `val`; it is never the test fold.
+        train, val: rows of an index; `val` is never the test fold.
         masks: as for `pictures`.
         folder: for the runs; "" is `helpers.cache.folder()`.
-        report: called after each epoch with the history so far; what it raises ends the training.
+        report: as for `helpers.training.fit`.
         config: the fields of `Config`.
 
     Returns:
@@ -173,11 +157,11 @@ def fit(
     data.check_apart(train, val)
     data.check_classes(train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = {"float32": False, "bfloat16": True}
-    mixed = known.get(settings.precision, multiplies_bfloat16(device))
-    names = (*train.image_id, *val.image_id) if masks else ()
+    native = settings.precision == "auto" and multiplies_bfloat16(device)
+    mixed = native or settings.precision == "bfloat16"
     of_data: list = [data.signature(rows) for rows in (train, val)]
-    of_data += [np.packbits(masks[name]).tobytes() for name in names]
+    if masks:
+        of_data += [np.packbits(masks[name]).tobytes() for name in (*train.image_id, *val.image_id)]
     same = dataclasses.asdict(settings) | {"precision": mixed}
     run = cache.run("vgg", VERSION, same, device.type, *of_data, path=folder)
     network = build(width=settings.width, seed=settings.seed, activation=settings.activation)

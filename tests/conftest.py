@@ -107,6 +107,30 @@ def synthetic_copy(synthetic_root, tmp_path):
     return shutil.copytree(synthetic_root, tmp_path / "busi")
 
 
+BOX = [20, 15, 100, 70]  # in `image`
+
+
+@pytest.fixture
+def image():
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def lite():
+    from helpers import sam
+
+    return sam.load("lite-medsam", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def released():
+    import reference
+
+    return reference.lite_medsam()
+
+
 @pytest.fixture
 def run(index):
     """Scores of ellipses in the boxes of three lesions per label, and their rows."""

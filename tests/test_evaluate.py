@@ -52,7 +52,6 @@ def test_rows_become_findings_and_masks(rows):
     image = data.read_image(path)
     expected = image.mean(axis=2) > image.max() / 2
     np.testing.assert_array_equal(evaluate.masks(answers)[name], expected)
-    np.testing.assert_array_equal(evaluate.detector_masks(answers)[name], expected)
     assert evaluate.class_probabilities(answers).tolist() == [[0.1, 0.7, 0.2]] * len(rows)
 
 

@@ -290,8 +290,9 @@ def test_out_of_memory_names_the_setting(tiny, train, val, tmp_path, monkeypatch
     monkeypatch.setattr(tiny.model.vision_encoder, "forward", full)
     with pytest.raises(MemoryError, match="take a smaller checkpoint"):
         tiny.embed([np.zeros((9, 9, 3), np.uint8)])
+    monkeypatch.setattr(tiny, "batch_size", 4)
     with pytest.raises(MemoryError, match=r"lower batch_size \(now 4\)"):
-        tiny.embed([np.zeros((9, 9, 3), np.uint8)] * 4, batch_size=4)
+        tiny.embed([np.zeros((9, 9, 3), np.uint8)] * 4)
 
 
 def test_other_errors_are_not_called_lack_of_memory(tiny, monkeypatch):

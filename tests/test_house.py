@@ -26,11 +26,6 @@ DIGESTS = {
     "sam/embeddings.py": "an image is known by its pixels, whatever its file is called",
     "sam/networks.py": "the released checkpoint is held to its published checksum",
 }
-# Where something appears whole or not at all.
-REPLACERS = {
-    "cache.py": "the atomic write of a file",
-    "sam/segmenter.py": "a saved model is a folder, whose files appear together",
-}
 # CONTRIBUTING.md has the words to use instead.
 DIALECT = re.compile(
     r"\bhang(s|ing)?\s+on\b|phantom|judg|finder|doubt|trick|(?<![a-z])deal(s|t|ing)?(?![a-z])|\bhad,\s+else\b",
@@ -147,8 +142,7 @@ def test_one_run_key():
 
 def test_one_atomic_write():
     uses = {file for file, origin in attributes("replace") if origin == "os"}
-    assert "cache.py" in uses
-    assert sorted(uses - REPLACERS.keys()) == []
+    assert uses == {"cache.py"}
 
 
 @pytest.mark.parametrize("folder", ["helpers", "notebooks", "README.md"])

@@ -346,15 +346,6 @@ def test_class_table_says_what_is_undefined(classes):
     assert table.loc["m", "macro AUC"] == "undefined"
 
 
-def test_the_majority_never_looks(classes):
-    _, rows = classes
-    found = metrics.majority(rows[rows.label != "normal"], rows)
-    shares = rows.label[rows.label != "normal"].value_counts(normalize=True)
-    assert found.shape == (len(rows), 3)
-    assert found[0].tolist() == [0, shares["benign"], shares["malignant"]]
-    assert (found == found[0]).all()
-
-
 def test_circles_fall_apart():
     y, x = np.ogrid[:128, :160]
     circles = [(x - 80 - shift) ** 2 + (y - 64) ** 2 <= 30**2 for shift in (0, 10, 30, 70)]

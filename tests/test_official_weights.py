@@ -6,29 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-import reference
 import torch
+from conftest import BOX
 
 from helpers import data, prompts, sam
 from helpers.sam import networks
-
-BOX = [20, 15, 100, 70]
-
-
-@pytest.fixture(scope="module")
-def lite():
-    return sam.load("lite-medsam", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def released():
-    return reference.lite_medsam()
-
-
-@pytest.fixture
-def image():
-    return np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
-
 
 OFFICIAL = {
     "vision_encoder.": "image_encoder.",

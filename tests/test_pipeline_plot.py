@@ -49,7 +49,6 @@ def test_every_figure_is_drawn_says_synthetic_and_is_closed(rows, findings, scor
         "confidence_curve": plot.confidence_curve(evaluate.confidence(scores, findings), rows),
         "degradations": plot.degradations(rows.iloc[0]),
         "degradation_curves": plot.degradation_curves(levels, rows),
-        "means_by": plot.means_by(evaluate.dice_by(scores, "label"), rows, "By label"),
     }
     public = {
         name

@@ -54,8 +54,6 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
         "pictures": plots.pictures([image, image[..., 0]], ["a", "b"], "Some", rows),
         "batch": plots.batch(np.ones((2, 8, 8, 1)), np.eye(8)[None, ..., None], "A batch", rows),
         "feature_maps": plots.feature_maps({"down_1": np.arange(192.0).reshape(8, 8, 3)}, rows.iloc[0]),
-        "confusion": plots.confusion({"model": classes}, rows),
-        "roc_curves": plots.roc_curves({"model": classes}, rows),
         "calibration": plots.calibration({"model": classes}, rows),
         "paired_differences": plots.paired_differences(scores, scores.assign(dice=0.5)),
         "comparison": plots.comparison(results.load_all(tmp_path)),
@@ -159,17 +157,6 @@ def test_an_empty_or_full_mask_draws_no_contour(rows, boxes):
 def test_real_images_carry_no_such_title(index):
     real = index.assign(source="BUSI")
     assert plots.gallery(real.iloc[:1], "Some images").get_suptitle() == "Some images"
-
-
-def test_a_class_without_images_has_no_roc(rows):
-    figure = plots.roc_curves({"model": np.full((len(rows), 3), 1 / 3)}, rows)
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert [label.partition(" (")[0] for label in labels] == ["benign", "malignant"]
-
-
-def test_colours_of_roc_curves_are_those_of_the_labels(rows):
-    lines = plots.roc_curves({"model": np.full((len(rows), 3), 1 / 3)}, rows).axes[0].lines
-    assert [line.get_color() for line in lines[:2]] == list(plots.LABEL_COLOURS.values())[1:]
 
 
 def test_heat_maps_lie_over_their_pictures(rows):

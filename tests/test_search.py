@@ -346,15 +346,6 @@ def test_parallel_lines_lead_from_the_score_of_each_trial_that_has_one(searched,
     assert ticks == ["validation Dice", "activation", "learning_rate"]
 
 
-def test_bars_show_the_importance(lesions):
-    table = trials(*(({"lr": 10.0**-k, "loss": "ab"[k % 2]}, k / 10) for k in range(8)))
-    shares = search.importance(table)
-    [axes] = plot.importance(table, lesions, "Importance").axes
-    drawn = [bar.get_width() for bar in axes.containers[0]]
-    assert drawn == pytest.approx(sorted(shares.values()))
-    assert not plot.importance(table.assign(score=0.5), lesions, "Importance").axes[0].containers
-
-
 def test_costs_of_bulk_work_are_drawn():
     run = {"model": "pipeline", "images": 1000, "ms_per_image": 500, "peak_mb": {"all": 900}}
     assert plot.scaling([run]).axes[0].lines[0].get_ydata().tolist() == [500]
@@ -364,7 +355,6 @@ def test_figures_are_closed_quiet_and_leave_the_style_alone(searched, lesions, c
     before = plt.rcParams.copy()
     figures = [
         plot.trial_curves(searched, lesions, "Dice", "Curves"),
-        plot.importance(searched, lesions, "Importance"),
         plot.parallel_coordinates(searched, lesions, "Dice", "Settings"),
         plot.parallel_coordinates(searched.head(1), lesions, "Dice", "One trial"),
         plot.parallel_coordinates(searched.tail(1), lesions, "Dice", "No score"),

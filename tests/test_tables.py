@@ -1,9 +1,15 @@
+import sys
+from pathlib import Path
+
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
 from helpers import data, metrics, prompts, results, tables
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+import make_tables  # noqa: E402
 
 
 def save(run, path, seed=0, fold=0, **changes):
@@ -22,8 +28,8 @@ def test_committed_results_are_of_one_test_fold():
 
 def test_readme_shows_the_committed_results():
     readme = (results.folder().parent / "README.md").read_text()
-    for name, frame in tables.readme_tables(results.load_all()).items():
-        assert f"<!-- {name} -->\n{tables.markdown(frame)}\n<!-- /{name} -->" in readme
+    for name, frame in make_tables.readme_tables(results.load_all()).items():
+        assert f"<!-- {name} -->\n{make_tables.markdown(frame)}\n<!-- /{name} -->" in readme
 
 
 def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path):
@@ -36,7 +42,7 @@ def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path)
     assert table.Prompt.tolist() == ["none", "ground-truth box", "ground-truth box"]
     assert table.Model.tolist() == ["a model", "a model", "ellipse in the box"]
     assert table["Gain over the ellipse"].tolist() == ["", "+0.050 [+0.050, +0.050]", ""]
-    lines = tables.markdown(table).splitlines()
+    lines = make_tables.markdown(table).splitlines()
     assert len(lines) == 5
     assert len({line.count("|") for line in lines}) == 1
 
@@ -53,9 +59,9 @@ def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch
         "variant,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
         "nothing,,0.9,0.8,0.7,0.6\nmagic,12,0.91,0.81,0.71,0.61\n"
     )
-    for module in (results, tables):
+    for module in (results, make_tables):
         monkeypatch.setattr(module, "folder", lambda path="": tmp_path / "results")
-    tables.write_readme()
+    make_tables.write_readme()
     text = readme.read_text()
     assert text.startswith("before\n<!-- results -->\n| Prompt")
     assert "<!-- /results -->\nbetween\n<!-- classes -->\n| Given" in text
@@ -122,7 +128,7 @@ def test_the_published_table_stands_beside_ours(filled):
 
 def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_path):
     _, everything = filled
-    assert tables.folds_table(everything, source="synthetic").empty
+    assert make_tables.folds_table(everything, source="synthetic").empty
     for fold in range(5):
         rows = data.split(index, fold).groupby("label").head(2)
         scores = metrics.score(rows, prompts.empty_masks(rows))
@@ -133,7 +139,7 @@ def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_pat
         record.segmentation(scores, prompt="predicted box", details={"detection": found}, **about)
         truth = np.eye(3)[[data.LABELS.index(label) for label in rows.label]]
         record.classification(truth, prompt="image with predicted mask", **about)
-        table = tables.folds_table(results.load_all(tmp_path), source="synthetic")
+        table = make_tables.folds_table(results.load_all(tmp_path), source="synthetic")
         assert len(table) == (fold + 1 if fold < 4 else 6)
     assert table["Test fold"].tolist() == ["0", "1", "2", "3", "4", "mean"]
     assert table.Dice.tolist() == ["0.500", "0.600", "0.700", "0.800", "0.900", "0.700"]
@@ -167,7 +173,7 @@ def test_notebook_06_names_what_is_missing_and_what_is_largest(filled):
 
 def test_markdown_is_a_table():
     frame = pd.DataFrame({"a": ["1", "2"], "b": ["x", "y"]})
-    assert tables.markdown(frame) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+    assert make_tables.markdown(frame) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
 
 
 def test_retrained_configs_are_shown_with_each_seed_and_their_gain(run, tmp_path):
@@ -177,7 +183,7 @@ def test_retrained_configs_are_shown_with_each_seed_and_their_gain(run, tmp_path
             better = scores.assign(dice=0.5 + gain + 0.02 * seed)
             about = {"key": f"unet-{config}", "title": f"U-Net, {config}", "seed": seed}
             save((better, rows), tmp_path / "tuned", **about)
-    default, winner = tables.tuned_table(tmp_path).to_dict("records")
+    default, winner = make_tables.tuned_table(tmp_path).to_dict("records")
     assert (default["Model"], default["Config"], default["Score"]) == ("U-Net", "default", "Dice")
     assert default["Mean of the seeds"] == "0.510 [0.510, 0.510]"
     assert default["Gain over the default"] == ""

@@ -21,6 +21,11 @@ def rows(index):
     return split[split.subset == "train"], data.scored(split, "val")
 
 
+def levels(network):
+    """The side in pixels and the features of what each level makes."""
+    return [network.get_layer(name).output.shape[2:] for name in unet.LEVEL_NAMES]
+
+
 def test_reference_network_is_the_published_one():
     network = unet.build()
     assert network.input_shape == network.output_shape == (None, 128, 128, 1)
@@ -28,14 +33,14 @@ def test_reference_network_is_the_published_one():
     assert network.get_layer("head").activation is keras.activations.relu
     dropped = [layer.rate for layer in network.layers if isinstance(layer, keras.layers.Dropout)]
     assert dropped == [0.2] * 5 + [0.1] * 4
-    assert unet.levels(network).features.tolist() == [64, 128, 256, 512, 1024, 512, 256, 128, 64]
-    assert unet.levels(network).side.tolist() == [128, 64, 32, 16, 8, 16, 32, 64, 128]
+    down = [(128, 64), (64, 128), (32, 256), (16, 512)]
+    assert levels(network) == [*down, (8, 1024), *reversed(down)]
 
 
 def test_activation_width_and_size_are_parameters():
     network = unet.build(unet.Config(size=48, width=3, activation="silu", loss="dice+ce"))
     assert network.output_shape == (None, 48, 48, 1)
-    assert unet.levels(network).features.max() == 48
+    assert max(features for _, features in levels(network)) == 48
     assert network.get_layer("head").activation is keras.activations.linear
     assert network.get_layer("bottleneck").activation is keras.activations.silu
 
@@ -140,7 +145,7 @@ def test_a_setting_of_channels_first_changes_nothing(rows, tmp_path):
     try:
         network = unet.build(config)
         np.testing.assert_allclose(unet.predict(network, image), expected, atol=1e-5)
-        assert set(unet.feature_maps(network, image)) == set(unet.levels(network).level)
+        assert list(unet.feature_maps(network, image)) == unet.LEVEL_NAMES
         again, moved = next(iter(unet.batches(rows[0], config)))
         assert np.array_equal(again, images)
         assert np.array_equal(moved, masks)
@@ -319,12 +324,11 @@ def test_images_smaller_than_the_stride_are_enlarged():
     assert unet.predict(network, np.full((5, 7, 3), 90, np.uint8)).shape == (5, 7)
 
 
-def test_feature_maps_have_the_shapes_that_levels_lists(rows):
+def test_feature_maps_have_the_shapes_of_the_levels(rows):
     network = unet.build(unet.Config(**TINY))
     maps = unet.feature_maps(network, data.read_image(rows[1].image_path.iloc[0]))
-    listed = unet.levels(network)
-    assert list(maps) == listed.level.tolist()
-    for found, side, features in zip(maps.values(), listed.side, listed.features):
+    assert list(maps) == unet.LEVEL_NAMES
+    for found, (side, features) in zip(maps.values(), levels(network)):
         assert found.shape == (side, side, features)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import data, vgg
+from helpers import augment, data, vgg
 
 TINY = {"weights": "scratch", "learning_rate": 1e-3, "width": 4, "size": 32}
 TINY |= {"epochs": 2, "batch_size": 4, "precision": "float32"}
@@ -62,13 +62,12 @@ def test_without_a_download_it_says_that_it_starts_from_synthetic_images(monkeyp
     assert vgg.default_weights() == "imagenet"
 
 
-def test_an_overlay_tints_the_mask_and_nothing_else():
-    image = np.full((4, 4, 3), 100, np.uint8)
-    mask = np.eye(4, dtype=bool)
-    tinted = vgg.overlay(image, mask)
+def test_a_mask_tints_its_pixels_and_nothing_else(rows, monkeypatch):
+    monkeypatch.setattr(data, "read_image", lambda path: np.full((32, 32, 3), 100, np.uint8))
+    mask = np.eye(32, dtype=bool)
+    [tinted] = vgg.pictures(rows[0].head(1), 32, {rows[0].image_id.iloc[0]: mask})
     assert (tinted[~mask] == 100).all()
     assert (tinted[mask] == [177, 70, 70]).all()
-    assert (image == 100).all()
 
 
 def test_pictures_are_what_the_network_sees(rows):
@@ -193,7 +192,7 @@ def test_every_epoch_shows_another_augmentation_of_each_picture(rows):
             shown.append(train_set[0]["pictures"])
         assert np.array_equal(shown[0], pictures[0]) == (not strength)
         assert np.array_equal(*shown) == (not strength)
-    expected = vgg.views(rows[0].iloc[0], 32, [2])[0]
+    expected, _ = augment.augment(pictures[0], None, 2, keys.iloc[0], seed=0)
     train_set = vgg._Pictures(pictures, torch.zeros(len(keys)), keys, vgg.Config(**TINY))
     train_set.set_epoch(1)
     assert np.array_equal(train_set[0]["pictures"], expected)
@@ -258,15 +257,6 @@ def test_grad_cam_is_of_the_class_that_is_said(rows):
     maps, said = vgg.explain(network, vgg.pictures(rows[1], 64)[:2])
     assert said == ["malignant"] * 2
     assert (maps.std(axis=(1, 2)) > 0).all()
-
-
-def test_views_start_with_the_picture_itself(rows):
-    row = rows[0].iloc[0]
-    first, mirrored, turned = vgg.views(row, 48, range(3))
-    assert np.array_equal(first, vgg.pictures(rows[0].head(1), 48)[0])
-    assert np.array_equal(mirrored, first[:, ::-1])
-    assert turned.shape == first.shape
-    assert not np.array_equal(turned, first)
 
 
 def test_a_class_that_is_missing_is_named(rows, tmp_path):

@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-import torch
 
 from helpers import cache, data, images, sam
 from helpers.pipeline import detector, diagnosis
@@ -29,8 +28,8 @@ class Rules:
     Attributes:
         threshold: probability above which a pixel of the map is lesion.
         peak_share: of a map with a low peak, this share of the peak is the threshold instead.
-        part_share: a further part is a lesion of its own where its mass (the sum of its probabilities)
-            is at least this share of the largest part's.
+        part_share: a part is a lesion of its own where its mass (the sum of its probabilities) is at least
+            this share of the largest part's.
         margin: around a part's box, as a share of the frame's longest side.
         normal: probability of "normal" above which no lesion is segmented.
     """
@@ -47,25 +46,24 @@ class Finding:
     """What a pipeline predicts for one frame of H x W pixels.
 
     Attributes:
-        masks: list of bool (H, W), one per lesion, by decreasing mass; empty where none was found.
+        masks: bool (H, W), one per lesion, by decreasing mass; empty where none was found.
         boxes: float32 (lesions, 4): x_min, y_min, x_max, y_max in pixels, the prompts of the masks.
-        probabilities: dict from "normal", "benign" and "malignant" to its probability.
-        prediction_set: tuple of the classes that can't be ruled out at the coverage of 90 % per class.
-        confidence: list of float, per lesion: the Dice that its mask would have if the pixel
-            probabilities were right.
+        probabilities: of "normal", "benign" and "malignant".
+        prediction_set: the classes that can't be ruled out at the coverage of 90 % per class.
+        confidence: per lesion the Dice that its mask would have if the pixel probabilities were right.
         lesion_map: float32 (H, W), the detectors' probability of lesion.
         probability: float32 (H, W), of lesion, per pixel: the segmenter's and the detectors' mean.
-        warnings: tuple of str, what makes the frame unfit; empty for an ordinary one.
+        warnings: what makes the frame unfit; empty for an ordinary one.
     """
 
-    masks: list
+    masks: list[np.ndarray]
     boxes: np.ndarray
-    probabilities: dict
-    prediction_set: tuple
-    confidence: list
+    probabilities: dict[str, float]
+    prediction_set: tuple[str, ...]
+    confidence: list[float]
     lesion_map: np.ndarray
     probability: np.ndarray
-    warnings: tuple
+    warnings: tuple[str, ...]
 
     @property
     def mask(self) -> np.ndarray:
@@ -82,16 +80,11 @@ class Finding:
 class Pipeline:
     """A segmenter, the detectors that propose boxes to it, and a diagnosis of what it segments.
 
-    Attributes:
-        segmenter: helpers.sam.Segmenter.
-        detectors: list of helpers.pipeline.detector.LesionDetector.
-        classifier: helpers.pipeline.diagnosis.Diagnosis.
-        rules: Rules.
-        card: dict of what it was trained on and how; goes into results and the model card.
+    `card` says what it was trained on and how; it goes into results and the model card.
     """
 
-    segmenter: "sam.Segmenter"
-    detectors: list
+    segmenter: sam.Segmenter
+    detectors: list[detector.LesionDetector]
     classifier: diagnosis.Diagnosis
     rules: Rules = Rules()
     card: dict = dataclasses.field(default_factory=dict)
@@ -115,23 +108,17 @@ class Pipeline:
             mirrored = np.ascontiguousarray(image[:, ::-1])
             other_map, other = self._detect(mirrored, self.segmenter.embed([mirrored])[0])
             lesion_map, detected = (lesion_map + other_map[:, ::-1]) / 2, (detected + other) / 2
-        boxes, masks, probability, features = segment_map(
-            self.segmenter, embedding, lesion_map, detected, self.rules
-        )
-        probabilities = self.classifier.predict(features[None])
-        inside = self.classifier.prediction_sets(probabilities)[0]
-        if probabilities[0][data.LABELS.index("normal")] > self.rules.normal:
+        parts = segment_map(self.segmenter, embedding, lesion_map, detected, self.rules)
+        boxes, masks, probability, features = parts
+        shares = self.classifier.predict(features[None])
+        kept = self.classifier.prediction_sets(shares)[0]
+        probabilities = dict(zip(data.LABELS, shares[0].tolist()))
+        if probabilities["normal"] > self.rules.normal:
             masks, boxes = [], boxes[:0]
-        return Finding(
-            masks,
-            boxes,
-            dict(zip(data.LABELS, probabilities[0].tolist())),
-            tuple(label for label, kept in zip(data.LABELS, inside) if kept),
-            [confidence(probability, mask) for mask in masks],
-            lesion_map,
-            probability,
-            warnings,
-        )
+        prediction_set = tuple(label for label, inside in zip(data.LABELS, kept) if inside)
+        confidences = [confidence(probability, mask) for mask in masks]
+        found = masks, boxes, probabilities, prediction_set, confidences
+        return Finding(*found, lesion_map, probability, warnings)
 
     def _detect(self, image, embedding):
         """Return the detectors' lesion map (H, W) and class probabilities (3,)."""
@@ -161,7 +148,7 @@ class Pipeline:
         """Write detectors, rules and diagnosis so that `load(folder)` gives this pipeline again."""
         folder = Path(folder)
         for number, member in enumerate(self.detectors):
-            detector.save(member, folder / f"detector-{number}.safetensors", torch.float16)
+            detector.save(member, folder / f"detector-{number}.safetensors")
         settings = {
             "version": VERSION,
             "segmenter": self.segmenter.checkpoint,
@@ -207,9 +194,8 @@ def load(folder: str | Path | None = None, device=None, precision: str = "auto")
         )
     weights, bias = np.array(settings["weights"]), np.array(settings["bias"])
     scores = {label: np.array(part) for label, part in settings["nonconformity"].items()}
-    detectors = [
-        detector.load(folder / f"detector-{number}.safetensors") for number in range(settings["detectors"])
-    ]
+    files = [folder / f"detector-{number}.safetensors" for number in range(settings["detectors"])]
+    detectors = [detector.load(file) for file in files]
     segmenter = sam.load(settings["segmenter"], device, precision)
     classifier, rules = diagnosis.Diagnosis(weights, bias, scores), Rules(**settings["rules"])
     return Pipeline(segmenter, detectors, classifier, rules, settings["card"])
@@ -221,11 +207,7 @@ def union(masks: list, shape: tuple) -> np.ndarray:
 
 
 def propose_boxes(lesion_map: np.ndarray, rules: Rules) -> np.ndarray:
-    """Turn a lesion map, float32 (H, W), into boxes.
-
-    Returns:
-        float32 (lesions, 4), by decreasing mass: x_min, y_min, x_max, y_max in pixels.
-    """
+    """Turn a lesion map, float32 (H, W), into boxes, as in `Finding`, by decreasing mass."""
     height, width = lesion_map.shape
     threshold = min(rules.threshold, rules.peak_share * float(lesion_map.max()))
     parts = (lesion_map > threshold).astype(np.uint8)
@@ -233,16 +215,14 @@ def propose_boxes(lesion_map: np.ndarray, rules: Rules) -> np.ndarray:
     mass = np.bincount(labels.ravel(), lesion_map.ravel(), count)
     mass[0] = 0  # the background
     margin = rules.margin * max(height, width)
-    boxes = []
-    for part in np.argsort(-mass)[: count - 1]:
-        if mass[part] < rules.part_share * mass.max():
-            break
-        start, size = stats[part, :2], stats[part, 2:4]
-        # Inside the frame, and at least two pixels wide and high.
-        end = np.maximum(start + size - 1 + margin, start - margin + 1)
-        end = np.minimum(end, (width - 1, height - 1))
-        boxes.append([*np.minimum(np.maximum(start - margin, 0), end - 1), *end])
-    return np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    order = np.argsort(-mass)[: count - 1]
+    order = order[mass[order] >= rules.part_share * mass.max()]
+    start, size = stats[order, :2], stats[order, 2:4]
+    # Inside the frame, and at least two pixels wide and high.
+    end = np.maximum(start + size - 1 + margin, start - margin + 1)
+    end = np.minimum(end, (width - 1, height - 1))
+    start = np.minimum(np.maximum(start - margin, 0), end - 1)
+    return np.hstack([start, end]).astype(np.float32)
 
 
 def segment_boxes(segmenter, embedding, lesion_map: np.ndarray, boxes: np.ndarray):
@@ -264,9 +244,7 @@ def segment_boxes(segmenter, embedding, lesion_map: np.ndarray, boxes: np.ndarra
 def segment_map(segmenter, embedding, lesion_map: np.ndarray, detected: np.ndarray, rules: Rules):
     """Do what follows the detectors, whose lesion map (H, W) and class probabilities (3,) are given.
 
-    Returns:
-        boxes of `propose_boxes`, masks and probability of `segment_boxes`, and the features of
-        `helpers.pipeline.diagnosis.features`.
+    Returns the boxes, the masks and probability of `segment_boxes`, and the features of the diagnosis.
     """
     boxes = propose_boxes(lesion_map, rules)
     masks, probability = segment_boxes(segmenter, embedding, lesion_map, boxes)
@@ -283,10 +261,11 @@ def confidence(probability: np.ndarray, mask: np.ndarray) -> float:
 
 def summary(finding: Finding) -> dict:
     """Return a finding as one flat line of a table."""
-    line = {"answer": finding.answer, "prediction_set": " or ".join(finding.prediction_set)}
-    line |= {name: round(value, 4) for name, value in finding.probabilities.items()}
     boxes = [" ".join(f"{side:.0f}" for side in box) for box in finding.boxes]
-    return line | {
+    return {
+        "answer": finding.answer,
+        "prediction_set": " or ".join(finding.prediction_set),
+        **{name: round(value, 4) for name, value in finding.probabilities.items()},
         "lesions": len(finding.masks),
         "area_share": round(float(finding.mask.mean()), 5),
         "confidence": " ".join(f"{value:.3f}" for value in finding.confidence),

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -26,34 +25,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", help="folder of a pipeline; by default the package's own")
     parser.add_argument("--frame", type=int, help="which frame of DICOMs with several, from 0")
     options = parser.parse_args(arguments)
-    loaded = pipeline.load(options.weights)
-    return run_folder(loaded, _files(options.images), options.out, options.frame)
-
-
-def _files(paths) -> Iterator[Path]:
-    """Yield the files; of a folder those with an image's suffix, by name."""
-    for path in paths:
+    files = []
+    for path in options.images:
         if path.is_dir():
-            yield from (f for f in sorted(path.iterdir()) if f.suffix.lower() in images.SUFFIXES)
+            files += [file for file in sorted(path.iterdir()) if file.suffix.lower() in images.SUFFIXES]
         else:
-            yield path
+            files.append(path)
+    return run_folder(pipeline.load(options.weights), files, options.out, options.frame)
 
 
-def run_folder(pipe, files: Iterable[Path], out: Path, frame: int | None = None) -> int:
-    """Segment many files, one at a time; write masks, overlays and `findings.csv`.
+def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int | None = None) -> int:
+    """Segment files one at a time; write masks, overlays and `findings.csv` into the folder `out`.
 
-    A file that can't be read gets a line with its error, and is named at the end.
-
-    Args:
-        pipe: helpers.pipeline.Pipeline.
-        files: paths of the images.
-        out: folder; it is made.
-        frame: as for `helpers.images.read_image`.
-
-    Returns:
-        1 where a file failed, else 0.
+    A file that can't be read gets a line with its error, and is named at the end; `frame` is as for
+    `helpers.images.read_image`. Returns 1 where a file failed, else 0.
     """
-    files, failed, used = list(files), [], set()
+    failed: list[str] = []
+    used: set[str] = set()
     if not files:
         raise FileNotFoundError(f"no file ends in {', '.join(images.SUFFIXES)}")
     table = out / "findings.csv"
@@ -65,7 +53,11 @@ def run_folder(pipe, files: Iterable[Path], out: Path, frame: int | None = None)
             try:
                 image = images.read_image(path, frame)
                 finding = pipe.segment(image)
-                name = _unused(path, used)
+                name, number = f"{path.stem}.png", 1
+                while name in used:
+                    number += 1
+                    name = f"{path.stem}-{number}.png"
+                used.add(name)
                 drawn = {"masks": np.uint8(finding.mask) * 255, "overlays": overlay(image, finding)}
                 for folder, pixels in drawn.items():
                     with cache.atomic(out / folder / name) as scratch:
@@ -79,16 +71,6 @@ def run_folder(pipe, files: Iterable[Path], out: Path, frame: int | None = None)
     if failed:
         print("\n".join([f"{len(failed)} could not be done:", *failed]))
     return int(bool(failed))
-
-
-def _unused(path, used):
-    """Return a PNG's name for a file that no other file of this run has."""
-    name, number = f"{path.stem}.png", 1
-    while name in used:
-        number += 1
-        name = f"{path.stem}-{number}.png"
-    used.add(name)
-    return name
 
 
 def overlay(image: np.ndarray, finding) -> np.ndarray:

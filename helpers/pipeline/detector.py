@@ -43,10 +43,9 @@ class Config(training.Config):
         depth: features of the deepest levels of the decoder.
         dropout: share of features dropped in the deepest level and before the class.
         smoothing: share of each label that is spread over all classes.
-        augmentations: cached ones of each image, as from `helpers.augment.augment`; each step draws one,
-            and changes it further:
-        zoom: largest zoom and shift, as a share of the sides.
-        intensity: largest change of gain, contrast and gamma of the pixels.
+        augmentations: cached ones of each image, of which each step draws one and changes it further.
+        zoom: largest such zoom and shift, as a share of the sides.
+        intensity: largest such change of gain, contrast and gamma of the pixels.
     """
 
     epochs: int = limited(12, at_least=1)
@@ -91,15 +90,12 @@ class LesionDetector(nn.Module):
         )
         self.lesion_head = nn.Conv2d(widths[-1], 1, 1)
         hidden, last = nn.Linear(3 * 64 + depth + 2, 64), nn.Linear(64, len(data.LABELS))
-        parts = nn.Dropout(dropout), hidden, nn.SiLU(), nn.Dropout(dropout), last
-        self.class_head = nn.Sequential(*parts)
+        self.class_head = nn.Sequential(nn.Dropout(dropout), hidden, nn.SiLU(), nn.Dropout(dropout), last)
 
     def forward(self, pixels, features):
-        """Return the lesion map's logits (N, 1, size / 4, size / 4) and the classes' (N, 3).
+        """Return the logits of the lesion map, (N, 1, size / 4, size / 4), and of the classes, (N, 3).
 
-        Args:
-            pixels: float (N, 1, size, size), 0 to 1.
-            features: float (N, channels, size / 8, size / 8).
+        Pixels are float (N, 1, size, size), 0 to 1, and features (N, channels, size / 8, size / 8).
         """
         adapted = self.embedding_adapter(features)
         skips = self.encoder(3.5 * (pixels - 0.3))  # about mean 0 and deviation 1 for B-mode frames
@@ -173,30 +169,27 @@ class TrainingData:
     origin: list
 
 
-def prepare(segmenter, rows, folder="", augmentations=1, size=224, seed=0) -> TrainingData:
-    """Gather what detectors learn from; embeddings come from the cache, or are made.
+def prepare(segmenter, rows, folder="", augmentations=1, size=224) -> TrainingData:
+    """Gather what detectors learn from the rows of an index, normal images with their empty mask.
 
-    Args:
-        segmenter: helpers.sam.Segmenter, whose frozen encoder is used.
-        rows: rows of an index; normal images take part with their empty mask.
-        folder: of the embeddings; "" is `helpers.cache.folder()`.
-        augmentations, size, seed: as in `Config`; the seed is that of the augmentations.
+    The embeddings of the segmenter's frozen encoder come from the cache in `folder` ("" is
+    `helpers.cache.folder()`), or are made. `augmentations` and `size` are as in `Config`.
     """
     features = []
     for number in range(augmentations):
-        embedded = embeddings.embed_rows(segmenter, rows, folder, number, seed).values()
+        embedded = embeddings.embed_rows(segmenter, rows, folder, number).values()
         features.append(torch.stack([_cells(embedding, size).half() for embedding in embedded]))
-    origin = [embeddings.encoder_hash(segmenter), augmentations, size, seed]
-    return _gather(rows, torch.stack(features), size, seed, origin)
+    origin = [embeddings.encoder_hash(segmenter), augmentations, size, 0]  # seed 0 of the augmentations
+    return _gather(rows, torch.stack(features), size, origin)
 
 
-def _gather(rows, features, size, seed, origin):
+def _gather(rows, features, size, origin):
     shape = *features.shape[:2], 1, size, size
     pixels, lesions = (torch.empty(shape, dtype=torch.uint8) for _ in range(2))
     for position, row in enumerate(rows.itertuples()):
         image, truth = data.read_image(row.image_path), data.read_truth(row)
         for number in range(len(features)):
-            seen, mask = augment.augment(image, truth, number, row.image_id, seed)
+            seen, mask = augment.augment(image, truth, number, row.image_id)
             pixels[number, position, 0] = _grey(seen, size)
             share = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
             lesions[number, position, 0] = torch.from_numpy(share * 255).round()
@@ -206,9 +199,8 @@ def _gather(rows, features, size, seed, origin):
 def inputs(image: np.ndarray, embedding, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a detector of a `size` sees of an image, uint8 (H, W, 3) RGB, and of its embedding.
 
-    Returns:
-        uint8 tensor (size, size), its brightness from the frame's darkest to its brightest, and
-        float32 tensor (channels, size / 8, size / 8); both stretched over the whole frame.
+    Both are stretched over the whole frame: a uint8 tensor (size, size), from the frame's darkest to its
+    brightest, and a float32 tensor (channels, size / 8, size / 8).
     """
     return _grey(image, size), _cells(embedding, size)
 
@@ -230,7 +222,7 @@ def _cells(embedding, size):
 def fit(
     training_data: TrainingData, positions, folder="", bfloat16=False, **config
 ) -> tuple[LesionDetector, pd.DataFrame]:
-    """Train one detector, and keep the last averaged weights; see `helpers.training.fit`.
+    """Train one detector, and keep the last averaged weights.
 
     Args:
         training_data: of the size and the number of augmentations of the config.
@@ -240,12 +232,11 @@ def fit(
         config: the fields of `Config`.
 
     Returns:
-        (detector, DataFrame): per epoch from 1 `epoch`, `learning_rate`, `train_loss`, `train_accuracy`,
-        `seconds`, and `best` (True for the last).
+        The detector, and the history of `helpers.training.fit`, with `train_accuracy`.
 
     Raises:
-        ValueError: a config out of its limits, or a class that these images lack.
-        FloatingPointError, MemoryError, OSError: as from `helpers.training.fit`.
+        ValueError: a config out of its limits, or a class that these images lack; and all that
+            `helpers.training.fit` raises.
     """
     settings = Config(**config)
     positions = torch.as_tensor(np.asarray(positions))
@@ -277,7 +268,7 @@ def _pretrain(channels, folder, bfloat16, config):
         print(f"first {len(rows)} synthetic images, then the training images")
         nothing = torch.zeros((), dtype=torch.float16)
         features = nothing.expand(1, len(rows), channels, *2 * [config.size // GRID])
-        return _Frames(_gather(rows, features, config.size, 0, []), torch.arange(len(rows)), config)
+        return _Frames(_gather(rows, features, config.size, []), torch.arange(len(rows)), config)
 
     origin = ["synthetic", synthetic.VERSION, count, channels]
     return _train(channels, train_set, config, origin, folder, bfloat16)[0]
@@ -344,8 +335,7 @@ def predict(detectors: list[LesionDetector], pixels, features, batch_size: int =
     """Ask detectors together, each for the frame and for its mirror image (with the embedding mirrored).
 
     Args:
-        pixels: uint8 (N, 1, size, size), as from `inputs`.
-        features: float (N, channels, size / 8, size / 8).
+        pixels, features: uint8 (N, 1, size, size), float (N, channels, size / 8, size / 8): see `inputs`.
 
     Returns:
         float32 arrays (N, size / 4, size / 4) and (N, 3): probability of lesion, and of the classes in the
@@ -366,10 +356,10 @@ def predict(detectors: list[LesionDetector], pixels, features, batch_size: int =
     return torch.cat(maps).cpu().numpy(), torch.cat(classes).cpu().numpy()
 
 
-def save(detector: LesionDetector, path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a detector to a .safetensors file in a floating type; it appears whole or not at all."""
+def save(detector: LesionDetector, path) -> None:
+    """Write a detector to a .safetensors file, in float16; it appears whole or not at all."""
     weights = {
-        name: value.contiguous().cpu().to(dtype if value.is_floating_point() else value.dtype)
+        name: (value.half() if value.is_floating_point() else value).contiguous().cpu()
         for name, value in detector.state_dict().items()
     }
     cache.write(path, safetensors.torch.save(weights, {"detector": json.dumps(detector.shape)}))

@@ -37,8 +37,7 @@ def features(detected: np.ndarray, lesion_map: np.ndarray, mask: np.ndarray) -> 
         mask: bool (H, W), made of it; may be empty.
 
     Returns:
-        float (len(FEATURES),), none in pixels. What an empty mask leaves undefined is 0, and
-        "segmented" is 0 with it.
+        float (len(FEATURES),), none in pixels; 0 for what an empty mask leaves undefined, and "segmented".
     """
     logs = dict(zip(data.LABELS, np.log(np.clip(np.asarray(detected, dtype=float), 1e-4, 1))))
     peak = np.clip(lesion_map.max(), 1e-4, 1 - 1e-4)
@@ -67,12 +66,7 @@ def _shape(mask):
 
 
 def expected_dice(lesion_map: np.ndarray, mask: np.ndarray) -> float:
-    """Return the Dice that a mask would have if the map's probabilities were right, 0 to 1.
-
-    Args:
-        lesion_map: float (H, W), probability of lesion.
-        mask: bool (H, W); NaN is returned for an empty one.
-    """
+    """Return the Dice that a mask would have if the map's probabilities were right; NaN for an empty mask."""
     if not mask.any():
         return np.nan
     return float(2 * lesion_map[mask].sum() / (mask.sum() + lesion_map.sum()))
@@ -85,8 +79,8 @@ class Diagnosis:
     Attributes:
         weights: float (3, len(FEATURES)), one row per class of `helpers.data.LABELS`.
         bias: float (3,).
-        nonconformity: dict from class to the nonconformity scores (1 - probability of the true class) of
-            the calibration images of that class, given by fits that were not trained on them.
+        nonconformity: dict from class to the nonconformity scores (1 - probability of the true class) of its
+            calibration images, given by fits that were not trained on them.
     """
 
     weights: np.ndarray
@@ -107,26 +101,17 @@ class Diagnosis:
         return [ConformalClassifier().fit(each) for each in scores]
 
     def prediction_sets(self, probabilities: np.ndarray, coverage: float = 0.9) -> np.ndarray:
-        """Say which classes can't be ruled out.
+        """Say which classes can't be ruled out, bool (N, 3), at probabilities (N, 3) from `predict`.
 
-        Args:
-            probabilities: float (N, 3) from `predict`.
-            coverage: the share of images *of each class* whose set is to contain that class.
-
-        Returns:
-            bool (N, 3). One class is a decision; several, or none, are uncertain.
-
-        Raises:
-            ValueError: a coverage that is not between 0 and 1.
+        `coverage` is the share of images *of each class* whose set is to contain that class, between 0 and 1
+        (else ValueError). One class is a decision; several, or none, are uncertain.
         """
         if not 0 < coverage < 1:
             raise ValueError(f"coverage is {coverage}; it must lie between 0 and 1, such as 0.9")
-        scores = 1 - np.asarray(probabilities)
-        p_values = [
-            conformal.predict_p(scores[:, [column]], smoothing=False)[:, 0]
-            for column, conformal in enumerate(self._conformal)
-        ]
-        return np.stack(p_values, axis=1) >= 1 - coverage
+        scores = np.split(1 - np.asarray(probabilities), len(data.LABELS), axis=1)
+        pairs = zip(self._conformal, scores)
+        p_values = [conformal.predict_p(column, smoothing=False) for conformal, column in pairs]
+        return np.hstack(p_values) >= 1 - coverage
 
 
 def fit(features: np.ndarray, rows: pd.DataFrame) -> tuple[Diagnosis, np.ndarray]:
@@ -134,13 +119,10 @@ def fit(features: np.ndarray, rows: pd.DataFrame) -> tuple[Diagnosis, np.ndarray
 
     Args:
         features: float (N, len(FEATURES)), each from a detector that was not trained on the image.
-        rows: the N rows of an index.
+        rows: the N rows of an index; ValueError where a class has fewer than two groups.
 
     Returns:
         The diagnosis, and probabilities (N, 3) of the very rows, each from a fit without the row's group.
-
-    Raises:
-        ValueError: a class has fewer than two groups.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
@@ -154,13 +136,9 @@ def fit(features: np.ndarray, rows: pd.DataFrame) -> tuple[Diagnosis, np.ndarray
     truth = np.array([data.LABELS.index(label) for label in rows.label])
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000))
     folds = StratifiedGroupKFold(min(5, groups.min()), shuffle=True, random_state=0)
-    held_out = cross_val_predict(
-        classifier, features, truth, groups=rows.group, cv=folds, method="predict_proba"
-    )
-    classifier.fit(features, truth)
-    scaler, logistic = classifier[0], classifier[-1]
+    how = {"groups": rows.group, "cv": folds, "method": "predict_proba"}
+    held_out = cross_val_predict(classifier, features, truth, **how)
+    scaler, logistic = classifier.fit(features, truth)
     weights = logistic.coef_ / scaler.scale_
-    nonconformity = {
-        label: np.sort(1 - held_out[truth == column, column]) for column, label in enumerate(data.LABELS)
-    }
-    return Diagnosis(weights, logistic.intercept_ - weights @ scaler.mean_, nonconformity), held_out
+    scores = {label: np.sort(1 - held_out[truth == k, k]) for k, label in enumerate(data.LABELS)}
+    return Diagnosis(weights, logistic.intercept_ - weights @ scaler.mean_, scores), held_out

@@ -24,43 +24,23 @@ CAUSES = {
 
 
 def predict(pipeline, rows: pd.DataFrame, embeddings: dict | None = None, mirror=False) -> dict:
-    """Segment and classify the images of an index.
+    """Segment and classify the images of an index with a `helpers.pipeline.Pipeline`.
 
-    Args:
-        pipeline: helpers.pipeline.Pipeline.
-        rows: rows of an index.
-        embeddings: by image_id, where they are at hand.
-        mirror: as for `Pipeline.segment`.
+    `embeddings` are by image_id, where they are at hand; `mirror` is as for `Pipeline.segment`.
 
     Returns:
         By image_id helpers.pipeline.Finding: the `findings` of all other functions here.
     """
-    return {
-        row.image_id: pipeline.segment(
-            data.read_image(row.image_path), embeddings and embeddings[row.image_id], mirror
-        )
-        for row in tqdm(list(rows.itertuples()), "pipeline", unit="image", file=sys.stdout)
-    }
+    findings = {}
+    for row in tqdm(list(rows.itertuples()), "pipeline", unit="image", file=sys.stdout):
+        image, embedding = data.read_image(row.image_path), embeddings and embeddings[row.image_id]
+        findings[row.image_id] = pipeline.segment(image, embedding, mirror)
+    return findings
 
 
 def masks(findings: dict) -> dict[str, np.ndarray]:
     """Return by image_id bool (H, W): all lesions of each finding together."""
     return {name: finding.mask for name, finding in findings.items()}
-
-
-def detector_masks(findings: dict) -> dict[str, np.ndarray]:
-    """Return by image_id bool (H, W): the detectors' lesion map at 0.5, without a segmenter."""
-    return {name: finding.lesion_map > 0.5 for name, finding in findings.items()}
-
-
-def segmenter_masks(segmenter, findings: dict, embeddings: dict) -> dict[str, np.ndarray]:
-    """Return by image_id bool (H, W): what a segmenter alone makes of the predicted boxes."""
-    alone = {}
-    for name, finding in findings.items():
-        alone[name] = np.zeros(finding.probability.shape, dtype=bool)
-        for box in finding.boxes:
-            alone[name] |= segmenter.predict(embeddings[name], box) > 0.5
-    return alone
 
 
 def class_probabilities(findings: dict) -> np.ndarray:
@@ -77,24 +57,21 @@ def detection(rows: pd.DataFrame, findings: dict) -> pd.DataFrame:
     Returns:
         DataFrame, one row per image: `image_id`, `label`, `group`, `lesions`, `found` and `false_alarms`.
     """
-    lines = []
+    counts = []
     for row in rows.itertuples():
         count, parts = cv2.connectedComponents(data.read_truth(row).astype(np.uint8), connectivity=8)
         lesions, masks = [parts == part for part in range(1, count)], findings[row.image_id].masks
         iou = [[(one & mask).sum() / (one | mask).sum() for mask in masks] for one in lesions]
         hits = np.reshape(iou, (len(lesions), len(masks))) >= FOUND
-        line = {"image_id": row.image_id, "label": row.label, "group": row.group}
-        line |= {"lesions": len(lesions), "found": int(hits.any(axis=1).sum())}
-        lines.append(line | {"false_alarms": int((~hits.any(axis=0)).sum())})
-    return pd.DataFrame(lines)
+        counts.append([len(lesions), hits.any(axis=1).sum(), (~hits.any(axis=0)).sum()])
+    table = rows[["image_id", "label", "group"]].reset_index(drop=True)
+    return table.join(pd.DataFrame(counts, columns=["lesions", "found", "false_alarms"]))
 
 
 def detection_summary(found: pd.DataFrame) -> dict[str, float]:
-    """Sum `detection` up, as means over lesions and over images.
+    """Return `sensitivity` (share of lesions found) and `false_alarms_per_<lesion|normal>_image`.
 
-    Returns:
-        dict of `sensitivity` and `false_alarms_per_lesion_image`, and `false_alarms_per_normal_image`; what
-        the images can't tell, for want of such a class, is left out.
+    `found` is of `detection`. What the images can't tell, for want of such a class, is left out.
     """
     lesion, normal = found[found.label != "normal"], found[found.label == "normal"]
     summed = {}
@@ -109,21 +86,16 @@ def detection_summary(found: pd.DataFrame) -> dict[str, float]:
 def record(recorder, pipeline, findings: dict, scores: pd.DataFrame, seconds: float) -> list[Path]:
     """Write the result files of a pipeline, its segmentation and its classification.
 
-    Args:
-        recorder: helpers.results.Recorder of the rows of the findings.
-        pipeline: helpers.pipeline.Pipeline.
-        findings: of `predict`, which took `seconds`.
-        scores: DataFrame from `helpers.metrics.score` of the findings' masks.
+    `recorder` is a `helpers.results.Recorder` of the rows of the findings, whose prediction took `seconds`;
+    `scores` are from `helpers.metrics.score` of their masks.
     """
     training = {name: value for name, value in pipeline.card.items() if name != "trained_on"}
     counts = detection_summary(detection(recorder.rows, findings))
     about = {"key": "pipeline", "title": "automatic pipeline", "seconds": seconds}
     about["details"] = {"detection": counts, "training": training}
+    first = recorder.segmentation(scores, prompt="predicted box", **about)
     classes = class_probabilities(findings)
-    return [
-        recorder.segmentation(scores, prompt="predicted box", **about),
-        recorder.classification(classes, prompt="image with predicted mask", **about),
-    ]
+    return [first, recorder.classification(classes, prompt="image with predicted mask", **about)]
 
 
 def decisions(rows: pd.DataFrame, findings: dict) -> pd.DataFrame:
@@ -193,8 +165,7 @@ def degraded(pipeline, rows: pd.DataFrame) -> pd.DataFrame:
     """Score a pipeline on the images of rows as another scanner would show them, by `robustness`.
 
     Returns:
-        DataFrame, one row per image, kind and level: `image_id`, `label`, `group`, `kind`, `level`,
-        `dice`, `malignant` (its probability) and `correct` (whether the likeliest class is the true one).
+        DataFrame, one row per image, kind and level: `image_id`, `label`, `group`, `kind`, `level`, `dice`.
     """
     lines = []
     for row in tqdm(list(rows.itertuples()), "degrading", unit="image", file=sys.stdout):
@@ -204,20 +175,9 @@ def degraded(pipeline, rows: pd.DataFrame) -> pd.DataFrame:
             for level in robustness.LEVELS:
                 frame, mask = robustness.apply(image, truth, kind, level, row.image_id)
                 finding = pipeline.segment(frame) if level else untouched
-                classes = finding.probabilities
-                lines.append(
-                    {
-                        "image_id": row.image_id,
-                        "label": row.label,
-                        "group": row.group,
-                        "kind": kind,
-                        "level": level,
-                        "dice": metrics.segmentation(finding.mask, mask, surface=False)["dice"],
-                        "malignant": classes["malignant"],
-                        "correct": max(classes, key=classes.get) == row.label,
-                    }
-                )
-    return pd.DataFrame(lines)
+                dice = metrics.segmentation(finding.mask, mask, surface=False)["dice"]
+                lines.append([row.image_id, row.label, row.group, kind, level, dice])
+    return pd.DataFrame(lines, columns=["image_id", "label", "group", "kind", "level", "dice"])
 
 
 def dice_by(scores: pd.DataFrame, column: str, seed: int = 0) -> pd.DataFrame:
@@ -225,6 +185,5 @@ def dice_by(scores: pd.DataFrame, column: str, seed: int = 0) -> pd.DataFrame:
     lines = []
     for value, part in scores.groupby(column, sort=True):
         low, high = metrics.bootstrap_interval(part.dice, part.group, seed=seed)
-        line = {column: value, "images": len(part), "dice": part.dice.mean()}
-        lines.append(line | {"low": low, "high": high})
-    return pd.DataFrame(lines)
+        lines.append([value, len(part), part.dice.mean(), low, high])
+    return pd.DataFrame(lines, columns=[column, "images", "dice", "low", "high"])

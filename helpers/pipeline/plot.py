@@ -10,12 +10,7 @@ from helpers.pipeline import evaluate, robustness
 
 
 def report(image: np.ndarray, finding) -> Figure:
-    """Two panels: the frame with what was found in it, and the probability of each class.
-
-    Args:
-        image: uint8 (H, W, 3) RGB.
-        finding: helpers.pipeline.Finding of that image.
-    """
+    """Two panels: a frame, uint8 (H, W, 3) RGB, with its Finding, and the probability of each class."""
     figure, (cell, bars) = plt.subplots(1, 2, figsize=(9, 4), width_ratios=(3, 1.4), layout="constrained")
     plots.overlay(image, box=finding.boxes, axes=cell)
     for mask in finding.masks:
@@ -41,12 +36,7 @@ def _lesions(finding):
 
 
 def uncertainty(row, finding) -> Figure:
-    """Three panels: the frame with mask and truth, probability per pixel, uncertainty per pixel.
-
-    Args:
-        row: of an index.
-        finding: helpers.pipeline.Finding of its image.
-    """
+    """Three panels of a row of an index and its finding: mask and truth, probability, uncertainty."""
     figure, cells = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     image, p = data.read_image(row.image_path), finding.probability
     plots.overlay(image, data.read_truth(row), finding.mask, axes=cells[0])
@@ -60,32 +50,23 @@ def uncertainty(row, finding) -> Figure:
     return plots.finish(figure, row, f"{row.image_id}: {_lesions(finding)}")
 
 
-def failures(failed: pd.DataFrame, findings: dict, title: str, columns: int = 4) -> Figure | None:
-    """Failed predictions beside the truth, each with its cause and Dice; None where there are none.
+def failures(failed: pd.DataFrame, findings: dict, title: str) -> Figure | None:
+    """Failed predictions of `evaluate.failures` beside the truth, each with its cause and Dice.
 
-    Args:
-        failed: DataFrame from `helpers.pipeline.evaluate.failures`.
-        findings: dict from image_id to helpers.pipeline.Finding.
-        title: of the figure.
-        columns: images side by side.
+    `findings` is a dict from image_id to Finding. Returns None where no prediction failed.
     """
     if failed.empty:
         return None
-    figure, cells = plots.grid(len(failed), columns)
-    for cell, row in zip(cells, failed.itertuples()):
-        image, mask = data.read_image(row.image_path), findings[row.image_id].mask
-        plots.overlay(image, data.read_truth(row), mask, axes=cell)
+    figure = plots.outlines(failed, evaluate.masks(findings), title)
+    for cell, row in zip(figure.axes, failed.itertuples()):
         cell.set_title(f"{row.image_id}: {row.cause}, Dice {row.dice:.2f}", fontsize=8)
-    plots.legend(figure, "truth", "prediction")
-    return plots.finish(figure, failed, title)
+    return figure
 
 
 def confidence_curve(table: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Two panels: expected against true Dice, and mean Dice of the most confident share of the images.
 
-    Args:
-        table: DataFrame from `helpers.pipeline.evaluate.confidence`.
-        rows: rows of the index, for the title.
+    `table` is of `evaluate.confidence`, `rows` are of the index, for the title.
     """
     figure, (dots, curve) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for label, part in table.groupby("label"):
@@ -114,21 +95,14 @@ def degradations(row) -> Figure:
 
 
 def degradation_curves(table: pd.DataFrame, rows: pd.DataFrame, seed: int = 0) -> Figure:
-    """Mean Dice against the level of each degradation, with 95 % intervals.
+    """Mean Dice against the level of each degradation, of `evaluate.degraded`, with 95 % intervals.
 
-    Args:
-        table: DataFrame from `helpers.pipeline.evaluate.degraded`.
-        rows: rows of the index, for the title.
-        seed: of the bootstrap.
+    `rows` are of the index, for the title; `seed` is that of the bootstrap.
     """
-    kinds = list(table.kind.unique())
-    figure, cells = plt.subplots(
-        2, -(-len(kinds) // 2), figsize=(10, 5.4), layout="constrained", sharex=True, sharey=True
-    )
-    for cell in cells.flat[len(kinds) :]:
-        cell.set_axis_off()
-    for cell, kind in zip(cells.flat, kinds):
-        means = evaluate.dice_by(table[table.kind == kind], "level", seed)
+    size, columns = (10, 5.4), -(-len(robustness.KINDS) // 2)
+    figure, cells = plt.subplots(2, columns, figsize=size, layout="constrained", sharex=True, sharey=True)
+    for cell, (kind, part) in zip(cells.flat, table.groupby("kind", sort=False)):
+        means = evaluate.dice_by(part, "level", seed)
         cell.plot(means.level, means.dice, color=plots.PREDICTION, marker="o")
         cell.fill_between(means.level, means.low, means.high, color=plots.PREDICTION, alpha=0.2)
         cell.set_title(kind, fontsize=10)
@@ -136,21 +110,3 @@ def degradation_curves(table: pd.DataFrame, rows: pd.DataFrame, seed: int = 0) -
     figure.supxlabel("level", fontsize=10)
     figure.supylabel("Dice of lesion images", fontsize=10)
     return plots.finish(figure, rows, "A frozen pipeline on other scanners' frames")
-
-
-def means_by(table: pd.DataFrame, rows: pd.DataFrame, title: str) -> Figure:
-    """Mean Dice with its interval for each value of a column.
-
-    Args:
-        table: DataFrame from `helpers.pipeline.evaluate.dice_by`, whose first column that is.
-        rows: rows of the index, for the title.
-        title: of the figure.
-    """
-    column = table.columns[0]
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(table) + 1.2), layout="constrained")
-    names = [f"{value} ({images})" for value, images in zip(table[column], table.images)]
-    spread = [table.dice - table.low, table.high - table.dice]
-    axes.errorbar(table.dice, names, xerr=spread, fmt="o", color=plots.PREDICTION, capsize=3)
-    axes.set(xlabel=f"Dice of lesion images, by {column} (images)", xlim=(0, 1))
-    axes.invert_yaxis()
-    return plots.finish(figure, rows, title)

@@ -1,7 +1,7 @@
 """What another scanner, or another hand on it, does to a frame.
 
-Each change comes in `LEVELS` severities in units that hold for a frame of any size: decibels, or shares
-of its sides. Severity 0 is the frame itself.
+Each change comes in `LEVELS`, in units that hold for a frame of any size: decibels, or shares of its sides.
+Level 0 is the frame itself.
 """
 
 import zlib
@@ -25,26 +25,20 @@ REFERENCE = 256  # px of the longest side that grain and blur are stated for
 def apply(
     image: np.ndarray, mask: np.ndarray, kind: str, level: int, key: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Degrade a frame.
+    """Degrade a frame by one of `KINDS` at one of `LEVELS`; ValueError for any other.
 
     Args:
         image: uint8 (H, W, 3) RGB.
         mask: bool (H, W), its truth; a crop cuts it too, and calipers are set on it.
-        kind: one of `KINDS`.
-        level: one of `LEVELS`.
+        kind, level: what is done, and how much of it.
         key: names the image; what is random depends on it and the kind alone.
 
     Returns:
         (uint8 (h, w, 3), bool (h, w)).
-
-    Raises:
-        ValueError: an unknown kind or level.
     """
     if kind not in KINDS or level not in LEVELS:
-        raise ValueError(
-            f"kind {kind!r} at level {level!r}; kinds are {', '.join(KINDS)}, levels "
-            f"{LEVELS[0]} to {LEVELS[-1]}"
-        )
+        kinds, levels = ", ".join(KINDS), f"{LEVELS[0]} to {LEVELS[-1]}"
+        raise ValueError(f"kind {kind!r} at level {level!r}; kinds are {kinds}, levels {levels}")
     if level == 0:
         return image, mask
     rng = np.random.default_rng(zlib.crc32(f"{kind} {key}".encode()))

@@ -63,24 +63,21 @@ def fit(
         config: the fields of `helpers.pipeline.detector.Config`.
 
     Returns:
-        The pipeline, a frame with one row per image outside the test fold, predicted
-        out-of-fold: `image_id`, `label`, `group`, `fold`, `dice`, `confidence` (of the
-        largest lesion), and the calibrated `normal`, `benign`, `malignant`; and the training history
-        with the column `held_out`.
+        The pipeline; one row per image outside the test fold, predicted out-of-fold: `image_id`, `label`,
+        `group`, `fold`, `dice`, `confidence` (of the largest lesion), and the calibrated `normal`, `benign`,
+        `malignant`; and the training history with the column `held_out`.
     """
     rows = training_data.rows
     detectors, histories, detected = [], [], {}
+    mixed, pixels, features = segmenter.precision == "bfloat16", training_data.pixels, training_data.features
     for held_out in sorted(set(rows.fold) - {fold}):
         picked = np.flatnonzero(~rows.fold.isin((fold, held_out)))
-        mixed = segmenter.precision == "bfloat16"
         member, history = detector.fit(training_data, picked, folder, mixed, **config)
         detectors.append(member)
         histories.append(history.assign(held_out=held_out))
         unseen = np.flatnonzero(rows.fold == held_out)
-        maps, classes = detector.predict(
-            [member], training_data.pixels[0, unseen], training_data.features[0, unseen]
-        )
-        detected |= dict(zip(rows.image_id[unseen], zip(maps, classes)))
+        predicted = detector.predict([member], pixels[0, unseen], features[0, unseen])
+        detected |= dict(zip(rows.image_id[unseen], zip(*predicted)))
     training = rows[rows.fold != fold].reset_index(drop=True)
     scored = training.drop_duplicates("group").reset_index(drop=True)
     rules, _ = choose_rules(segmenter, scored, detected, embeddings)
@@ -92,6 +89,8 @@ def fit(
     predicted[["dice", "confidence", *data.LABELS]] = np.c_[dice, confidence, probabilities]
     scored = predicted.drop_duplicates("group")
     classes = metrics.classification(scored[list(data.LABELS)].to_numpy(), scored.label.to_numpy())
+    validation = {"lesion_dice": data.lesions(scored).dice.mean()}
+    validation |= {name: classes[name] for name in ("accuracy", "calibration_error")}
     history = pd.concat(histories, ignore_index=True)
     card = {
         "data": rows.source.iloc[0],
@@ -99,11 +98,7 @@ def fit(
         "training_images": len(training),
         "training_signature": data.signature(training),
         "trained_on": sorted(training.image_id),
-        "validation": {
-            "lesion_dice": round(float(data.lesions(scored).dice.mean()), 5),
-            "accuracy": round(classes["accuracy"], 5),
-            "calibration_error": round(classes["calibration_error"], 5),
-        },
+        "validation": {name: round(float(value), 5) for name, value in validation.items()},
         "config": dataclasses.asdict(detector.Config(**config)),
         "seconds": round(float(history.seconds.sum()), 1),
     }
@@ -113,10 +108,8 @@ def fit(
 def choose_rules(segmenter, rows, detected, embeddings):
     """Try the values of `GRID`, one rule after the other; keep the highest mean Dice of lesion images.
 
-    `detected` is a dict from image_id to lesion map (size, size) and class probabilities (3,).
-
-    Returns:
-        (Rules, DataFrame): the rules, and each `rule` and `value` that was tried with its `dice`.
+    `detected` is a dict from image_id to lesion map (size, size) and class probabilities (3,). Returns the
+    Rules, and a DataFrame: each `rule` and `value` that was tried with its `dice`.
     """
     rules, tried, known = pipeline.Rules(), [], {}
     truths = {row.image_id: data.read_truth(row) for row in data.lesions(rows).itertuples()}

@@ -5,7 +5,7 @@ SAM: A. Kirillov et al., "Segment Anything", ICCV 2023. MedSAM and LiteMedSAM: J
 MedSAM and LiteMedSAM very probably contain BUSI, so their rows say "released weights".
 """
 
-from helpers.sam.preprocess import PREPROCESSING, Preprocessing, enlarge, input_shape, preprocess, scale_box
+from helpers.sam.preprocess import PREPROCESSING, Preprocessing, enlarge, preprocess, scale_box
 from helpers.sam.segmenter import Embedding, Segmenter, check_image, default_checkpoint, fit_in_process, load
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "check_image",
     "default_checkpoint",
     "enlarge",
-    "input_shape",
     "fit_in_process",
     "load",
     "preprocess",

@@ -53,8 +53,7 @@ def embed_rows(
         segmenter: helpers.sam.Segmenter.
         rows: rows of an index.
         folder: of the cache; "" is `helpers.cache.folder()`.
-        augmentation: its number, as for `helpers.augment.augment`; 0 is the image itself.
-        seed: of the augmentation.
+        augmentation, seed: as for `helpers.augment.augment`; augmentation 0 is the image itself.
         quiet: show no progress.
 
     Returns:

@@ -30,6 +30,7 @@ def _mse(logits, target):
     return F.mse_loss(torch.sigmoid(logits), target)
 
 
+# Of the sigmoid, MONAI's with squared denominators.
 LOSSES = {
     name: loss(sigmoid=True, squared_pred=True)
     for name, loss in {"dice": DiceLoss, "dice+ce": DiceCELoss, "dice+focal": DiceFocalLoss}.items()
@@ -38,26 +39,19 @@ LOSSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(training.Config):
-    """What a fine-tuning run depends on besides weights and data. The defaults are the usual ones.
-
-    Attributes:
-        loss: "dice", "dice+ce", "dice+focal" or "mse"; MONAI's, of the sigmoid, with squared
-            denominators.
-        jitter: pixels; in every epoch each side of a training box moves outwards by up to this, as
-            in `helpers.prompts.jitter_box`. Validation boxes stay tight.
-        augmentations: of each training image, as in `helpers.augment.augment`, the image itself
-            counted; an epoch sees one of them, in turn. Each costs one pass of the encoder.
-        parts: what trains: "mask decoder", "prompt encoder", or both.
-        seed: of the order, the jitter and the augmentations.
-    """
+    """What a fine-tuning run depends on besides weights and data. The defaults are the usual ones."""
 
     learning_rate: float = limited(1e-5, above=0)
     batch_size: int = limited(2, at_least=1)
     optimizer: str = limited("adam", options=tuple(training.OPTIMIZERS))
     loss: str = limited("dice+ce", options=tuple(LOSSES))
+    # pixels; in every epoch each side of a training box moves outwards by up to this, as in
+    # `helpers.prompts.jitter_box`. Validation boxes stay tight.
     jitter: int = limited(0, at_least=0)
+    # of each training image, as in `helpers.augment.augment`, the image itself counted; an epoch sees one of
+    # them, in turn. Each costs one pass of the encoder.
     augmentations: int = limited(1, at_least=1)
-    parts: tuple = limited(("mask decoder",), options=PARTS)
+    parts: tuple = limited(("mask decoder",), options=PARTS)  # what trains
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,48 +63,34 @@ class Config(training.Config):
 def fit(segmenter, train, val, folder="", report=None, **config) -> pd.DataFrame:
     """Fine-tune a segmenter on boxes drawn from the truth; it ends with the best epoch's weights.
 
-    The best epoch has the highest mean Dice on `val`; epoch 0, the weights as they came, takes part.
-    The run is kept in a folder of its own, named by weights, data and config. A stopped run resumes
-    there and gives the numbers of an unbroken one; a finished one is read. What it multiplies in is the
-    segmenter's `precision`.
+    The best epoch has the highest mean Dice on `val`; epoch 0, the weights as they came, takes part. A
+    stopped run resumes and gives the numbers of an unbroken one; a finished one is read.
 
     Args:
-        segmenter: helpers.sam.Segmenter, changed in place.
+        segmenter: helpers.sam.Segmenter, changed in place; its `precision` is what is multiplied in.
         train: rows of an index. Rows with an empty mask are left out, counted and named.
         val: rows of an index to choose the epoch by; never the test fold.
         folder: for embeddings and runs; "" is `helpers.cache.folder()`.
-        report: called after each epoch with the history so far, a list of dicts; what it raises ends
-            the training.
+        report: as for `helpers.training.fit`.
         config: the fields of `Config`.
 
     Returns:
-        DataFrame, one row per epoch from 0: `epoch`, `learning_rate`, `train_loss` and `val_loss` (the
-        chosen loss), `train_dice_loss` and `val_dice_loss` (MONAI's soft Dice loss, whatever the
-        chosen one), `train_dice` (score on the network's own grid, before each step), `val_dice` (mean
-        score at the images' own size), `seconds`, `best` (True for the epoch that is kept) and
-        `source`. Epoch 0 has no training columns (NaN).
+        One row per epoch from 0: `epoch`, `learning_rate`, `train_loss` and `val_loss` (the chosen loss),
+        `train_dice_loss` and `val_dice_loss` (MONAI's soft Dice loss, whatever the chosen one), `train_dice`
+        (score on the network's own grid, before each step), `val_dice` (mean score at the images' own size),
+        `seconds`, `best` (True for the epoch that is kept) and `source`. Epoch 0 was not trained: NaN.
 
     Raises:
-        ValueError: an unknown choice, no image with a lesion, images that are in both sets.
-        FloatingPointError: the loss is no finite number; the best weights so far are kept.
-        MemoryError: the memory ran out; says which setting to lower.
-        OSError: the folder can't be written to.
+        ValueError: a config out of its limits, no image with a lesion, images that are in both sets.
+        FloatingPointError, MemoryError, OSError: as from `helpers.training.fit`.
     """
     config = Config(**config)
     data.check_apart(train, val)
     train, val = _with_lesion(train, "train"), _with_lesion(val, "val")
     decoder = _Decoder(segmenter, config)
-    run = cache.run(
-        "training",
-        VERSION,
-        config,
-        embeddings.encoder_hash(segmenter),
-        embeddings.state_hash(decoder),
-        segmenter.device.type,
-        data.signature(train),
-        data.signature(val),
-        path=folder,
-    )
+    start = embeddings.encoder_hash(segmenter), embeddings.state_hash(decoder), segmenter.device.type
+    of_data = data.signature(train), data.signature(val)
+    run = cache.run("training", VERSION, config, *start, *of_data, path=folder)
 
     @functools.cache
     def val_set():

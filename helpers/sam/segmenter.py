@@ -3,16 +3,15 @@
 import dataclasses
 import difflib
 import json
-import os
 import re
-import shutil
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from helpers import cache
 from helpers.devices import memory_advice, multiplies_bfloat16
 from helpers.sam import networks
 from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
@@ -39,21 +38,17 @@ def default_checkpoint(wanted: str = "wanglab/medsam-vit-base") -> str:
 
 
 def load(checkpoint="lite-medsam", device=None, precision="float32", family=None) -> "Segmenter":
-    """Load a promptable segmenter.
+    """Load a promptable segmenter, in evaluation mode.
 
     Args:
         checkpoint: a name of `PREPROCESSING`, another Hub id of a SAM checkpoint, a local folder that
-            `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor), or an
-            official .pth of SAM, MedSAM or LiteMedSAM. "lite-medsam" comes with pip; "tiny" has random
-            weights, for tests.
+            `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor), or an official
+            .pth of SAM, MedSAM or LiteMedSAM. "lite-medsam" comes with pip; "tiny" is random, for tests.
         device: of torch; by default a GPU where there is one.
-        precision: what the image encoder and `fit` multiply in: "float32", "bfloat16", or "auto":
-            bfloat16 where the device multiplies it natively, which is faster.
-        family: of a .pth, "sam" or "medsam": their weights have the same names and shapes, but they
-            expect other pixels. None takes "medsam" where the file's name contains it, else "sam".
-
-    Returns:
-        Segmenter, in evaluation mode.
+        precision: what the image encoder and `fit` multiply in: "float32", "bfloat16", or "auto": bfloat16
+            where the device multiplies it natively, which is faster.
+        family: of a .pth, "sam" or "medsam": their weights have the same names and shapes, but they expect
+            other pixels. None takes "medsam" where the file's name contains it, else "sam".
 
     Raises:
         ValueError: an unknown name, precision or family, or a checkpoint that is cut off, altered or of
@@ -62,8 +57,7 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
     """
     for name, value in (("precision", precision), ("family", family)):
         if value not in OPTIONS[name]:
-            options = ", ".join(map(str, OPTIONS[name]))
-            raise ValueError(f"{name} {value!r} is none of {options}")
+            raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, OPTIONS[name]))}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if precision == "auto":
         precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
@@ -82,9 +76,8 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
     else:
         close = difflib.get_close_matches(name, PREPROCESSING, n=1)
         raise ValueError(
-            f"unknown checkpoint {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; use "
-            f"one of {', '.join(PREPROCESSING)}, a Hub id 'owner/name', or a folder or .pth file that "
-            "exists"
+            f"unknown checkpoint {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; use one of "
+            f"{', '.join(PREPROCESSING)}, a Hub id 'owner/name', or a folder or .pth file that exists"
         )
     if name in PREPROCESSING and name != "tiny":
         title = title or f"{preprocessing.title}, released weights"
@@ -121,8 +114,7 @@ class Segmenter:
         model: transformers SamModel; LiteMedSAM's has a TinyViT as `vision_encoder`.
         preprocessing: Preprocessing of the checkpoint's family.
         device: torch device.
-        precision: "float32" or "bfloat16", what the encoder and `fit` multiply in; `predict`
-            decodes in float32.
+        precision: "float32" or "bfloat16", for encoder and `fit`; `predict` decodes in float32.
         grid: side of the logits, pixels.
         batch_size: images per forward pass: 8 on a GPU; 1 on a CPU, whose caches hold one image
             (8 take half as long again per image there, and 2 GB more).
@@ -143,23 +135,16 @@ class Segmenter:
         return processor(self.preprocessing, self.grid)
 
     @torch.no_grad()
-    def embed(self, images: list[np.ndarray], batch_size: int | None = None) -> list[Embedding]:
-        """Run the image encoder on uint8 (H, W, 3) RGB arrays of any sizes.
-
-        Args:
-            images: list of arrays.
-            batch_size: images per forward pass; by default `self.batch_size`.
-        """
-        images = list(images)
+    def embed(self, images: Sequence[np.ndarray]) -> list[Embedding]:
+        """Run the image encoder on uint8 (H, W, 3) RGB arrays of any sizes, `batch_size` at once."""
         for image in images:
             check_image(image)
-        batch_size = batch_size or self.batch_size
         embeddings: list[Embedding] = []
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
             begun = time.perf_counter()
             pixels, resized = preprocess(batch, self.preprocessing)
-            with memory_advice("batch_size", batch_size):
+            with memory_advice("batch_size", self.batch_size):
                 features = self.encode(pixels)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else the clock stops before the work does
@@ -211,20 +196,14 @@ class Segmenter:
         return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
 
     def predict_masks(self, embeddings: dict, boxes: dict) -> dict:
-        """Segment one box in each image: dict from image_id to bool (H, W).
-
-        Args:
-            embeddings: dict from image_id to Embedding, as from `helpers.sam.embeddings.embed_rows`.
-            boxes: dict from image_id to box; its keys are the images that are segmented.
-        """
+        """Segment one box in each image that has one: dicts from image_id, the result's to bool (H, W)."""
         return {name: self.predict(embeddings[name], box) > 0.5 for name, box in boxes.items()}
 
     def fit(self, train, val, folder="", report=None, **config):
         """Fine-tune on boxes drawn from the truth, and keep the best epoch's weights.
 
-        By default the usual configuration: Adam at 1e-5 on the mask decoder, Dice + cross-entropy, 20
-        epochs. See `helpers.sam.finetune.fit` for `report`, what it returns and raises, and
-        `helpers.sam.finetune.Config` for the keywords.
+        By default as is usual: Adam at 1e-5 on the mask decoder, Dice + cross-entropy, 20 epochs. See
+        `helpers.sam.finetune.fit`, and `helpers.sam.finetune.Config` for the keywords.
         """
         from helpers.sam import finetune
 
@@ -237,46 +216,28 @@ class Segmenter:
 
         Raises:
             FileExistsError: the folder holds something else.
+            OSError: it can't be written.
         """
         from safetensors.torch import save_file
 
         folder = Path(folder)
         if folder.exists() and not (folder / networks.MARKER).is_file():
             raise FileExistsError(f"{str(folder)!r} is no saved segmenter; choose another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
-            new = Path(scratch) / "new"
+        state = {  # in the only memory format that safetensors writes
+            key: value.cpu().clone(memory_format=torch.contiguous_format)
+            for key, value in self.model.state_dict().items()
+        }
+        settings = {
+            "checkpoint": self.checkpoint,
+            "title": self.title,
+            "network": type(self.model.vision_encoder).__name__,
+            "config": self.model.config.to_dict(),
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+        }
+        with cache.atomic(folder) as new:
             new.mkdir()
-            state = {  # in the only memory format that safetensors writes
-                key: value.cpu().clone(memory_format=torch.contiguous_format)
-                for key, value in self.model.state_dict().items()
-            }
             save_file(state, new / "model.safetensors")
-            settings = {
-                "checkpoint": self.checkpoint,
-                "title": self.title,
-                "network": type(self.model.vision_encoder).__name__,
-                "config": self.model.config.to_dict(),
-                "preprocessing": dataclasses.asdict(self.preprocessing),
-            }
             (new / networks.MARKER).write_text(json.dumps(settings, indent=2) + "\n")
-            _swap(new, folder)
-
-
-def _swap(new, folder):
-    """Put `new` in the place of `folder`; a stop in between leaves the old one there."""
-    if not folder.exists():
-        os.replace(new, folder)
-        return
-    old = folder.with_name(f".{folder.name}-old")
-    shutil.rmtree(old, ignore_errors=True)  # from a kill after the swap; `folder` is whole
-    os.replace(folder, old)
-    try:
-        os.replace(new, folder)
-    except BaseException:
-        os.replace(old, folder)
-        raise
-    shutil.rmtree(old)
 
 
 def check_image(image):

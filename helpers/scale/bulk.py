@@ -1,11 +1,11 @@
 """More images than one machine holds: a folder, a bucket or Parquet in; scores, masks, embeddings out.
 
 `python -m helpers.scale.bulk SOURCE --out OUT`, or `run(source, out)`. The images are cut into shards in a
-fixed order: `batch` files of a folder, or whole row groups of a Parquet. Ray's workers, each with one
-pipeline, take a shard at a time, read a few images at once and write what comes out. No image passes through
-the driver, so memory does not grow with their number, but for eight bytes a name. The scores of a shard are
-written last and whole: where that file lies, the shard is done. A kill costs at most the shards in work; of a
-Parquet with huge row groups these are whole row groups, so write it with some hundred rows in each.
+fixed order: `batch` files of a folder, or whole row groups of a Parquet (write it with some hundred rows in
+each). Ray's workers, each with one pipeline, take a shard at a time, read a few images at once and write what
+comes out. No image passes through the driver, so memory does not grow with their number, but for eight bytes
+a name. The scores of a shard are written last and whole: where that file lies, the shard is done. A kill
+costs at most the shards in work.
 
 On a cluster (`ray_cluster`) every machine must see source and output under the same name: buckets or shared
 folders. The names of a folder are all listed at each start; beyond a million images take Parquet.
@@ -59,25 +59,15 @@ LISTED = 20  # errors in a summary
 
 @dataclass(frozen=True)
 class Summary:
-    """What a call of `run` did.
+    """What a call of `run` did."""
 
-    Attributes:
-        out: folder or bucket path of the output.
-        images: of the source, all of them done now.
-        failed: how many of them have an error in the scores.
-        errors: list of str, name and error of the first 20 of them.
-        already: how many images an earlier call had done.
-        seconds: of this call.
-        overhead: of these seconds, those before the first image and after the last.
-    """
-
-    out: str
-    images: int
-    failed: int
-    errors: list
-    already: int
-    seconds: float
-    overhead: float
+    out: str  # folder or bucket path of the output
+    images: int  # of the source, all of them done now
+    failed: int  # how many of them have an error in the scores
+    errors: list[str]  # name and error of the first 20 of them
+    already: int  # images that an earlier call had done
+    seconds: float  # of this call
+    overhead: float  # of these seconds, those before the first image and after the last
 
     @property
     def scores(self) -> pa.dataset.Dataset:
@@ -101,28 +91,28 @@ def run(
     An image that can't be read or segmented gets a row with its error. A stopped call resumes.
 
     Args:
-        source: a folder of images (PNG, JPEG, DICOM...; with its subfolders), a Parquet file or a folder
-            of them; a path, or what pyarrow reads, such as "s3://bucket/folder" or "gs://bucket/folder".
-        out: folder or bucket path, new or of this very run. It gets `scores/`, `masks/` and
-            `embeddings/` with `part-*.parquet` each, in the order of the source, and `run.json`.
-        model: None for the pipeline of the package, the folder of another, or a function without
-            arguments, sent to the workers, that returns an object with `segment(image, embedding)` and
-            `segmenter.embed([image])` as `helpers.pipeline.Pipeline` has them. Its name tells it from
-            others, and the workers must be able to import it.
+        source: a folder of images (PNG, JPEG, DICOM...; with its subfolders), a Parquet file or a folder of
+            them; a path, or what pyarrow reads, such as "s3://bucket/folder" or "gs://bucket/folder".
+        out: folder or bucket path, new or of this very run. It gets `scores/`, `masks/` and `embeddings/`
+            with `part-*.parquet` each, in the order of the source, and `run.json`.
+        model: None for the pipeline of the package, the folder of another, or a function without arguments,
+            sent to the workers, that returns an object with `segment(image, embedding)` and
+            `segmenter.embed([image])` as `helpers.pipeline.Pipeline` has them. Its name tells it from others;
+            workers must be able to import it.
         workers: how many; by default one per GPU, or one per core where there is none.
-        keep: what to write beside the scores: of "masks" (1-bit PNG, all lesions together) and
-            "embeddings" (float16 bytes with their shape, 2 MB an image from LiteMedSAM).
+        keep: what to write beside the scores: of "masks" (1-bit PNG, all lesions together) and "embeddings"
+            (float16 bytes with their shape, 2 MB an image from LiteMedSAM).
         batch: images in a shard, at most; but no row group of Parquet is cut.
         columns: of Parquet: names, and encoded images or structs with such `bytes`.
         quiet: show no progress.
 
     Raises:
         FileNotFoundError: no such source, no image in it, or no pipeline in the folder `model`.
-        ValueError: an unreadable Parquet, a column missing or of another type, a name missing or twice,
-            or `out` is of another source, model or setting.
+        ValueError: files of both kinds, an unreadable Parquet, a column missing or of another type, a name
+            missing or twice, or `out` is of another source, model or setting.
         FileExistsError: `out` holds something else.
-        ConnectionError, RuntimeError: Ray could not be reached or started (see `ray_cluster`), workers
-            died three times at one shard, or no image of a shard got through, and not for the images.
+        ConnectionError, RuntimeError: Ray could not be reached or started (see `ray_cluster`), workers died
+            three times at one shard, or no image of a shard got through, and not for the images.
     """
     begun = time.time()
     if set(keep) - set(KEPT) or batch < 1 or (workers is not None and workers < 1):
@@ -154,11 +144,9 @@ def run(
         for shard, span in _results(todo, workers, *job):
             progress.update(shard.images)
             spans.append(span)
-    for what in SCHEMAS:  # what killed workers left half written
-        for name in _listed(system, f"{root}/{what}"):
-            if name.startswith(".") and "-part-" in name:
-                with contextlib.suppress(FileNotFoundError):
-                    system.delete_file(f"{root}/{what}/{name}")
+    if isinstance(system, pa.fs.LocalFileSystem):
+        for path in Path(root).glob("*/.*-part-*"):  # what killed workers left half written
+            path.unlink(missing_ok=True)
     scores = read(out)
     found = scores.count_rows()
     if found != total:
@@ -175,15 +163,10 @@ def run(
 
 
 def read(out, what: str = "scores") -> pa.dataset.Dataset:
-    """Open a part of a run's output, in the order of the source, also while it grows.
+    """Open "scores", "masks" or "embeddings" of a run, in the order of the source, also while they grow.
 
-    Args:
-        out: of `run`.
-        what: "scores", "masks" or "embeddings". Of an embedding,
-            `np.frombuffer(row["features"], np.float16).reshape(row["shape"])` are the features.
-
-    Raises:
-        FileNotFoundError: `out` holds none.
+    The features of an embedding are `np.frombuffer(row["features"], np.float16).reshape(row["shape"])`.
+    FileNotFoundError where `out` holds none.
     """
     system, root = shards.place(out)
     if system.get_file_info(f"{root}/{what}").type == pa.fs.FileType.NotFound:
@@ -307,7 +290,9 @@ class Worker:
             for name, content in shards.read(*self.source, shard, self.columns):
                 row, since = {"name": name}, time.perf_counter()
                 try:
-                    image = images.read_image(name, content=content())
+                    if (found := content()) is None:
+                        raise ValueError("the row holds no image")
+                    image = images.read_image(name, content=found)
                     embedding = model.segmenter.embed([image])[0]
                     finding = model.segment(image, embedding)
                     row |= pipeline.summary(finding)
@@ -318,7 +303,7 @@ class Worker:
                 else:
                     through += 1
                     for what in self.keep:
-                        append[what]({"name": name} | PACKED[what](finding, embedding))
+                        append[what]({"name": name} | _packed(what, finding, embedding))
                 append["scores"](row | {"seconds": time.perf_counter() - since})
             if broken >= MANY and not through:
                 raise RuntimeError(
@@ -330,19 +315,14 @@ class Worker:
         return begun, time.time()
 
 
-def _mask(finding, _):
-    memory = io.BytesIO()
-    Image.fromarray(finding.mask).save(memory, "PNG")
-    return {"png": memory.getvalue()}
-
-
-def _embedding(_, embedding):
+def _packed(what, finding, embedding):
+    if what == "masks":
+        memory = io.BytesIO()
+        Image.fromarray(finding.mask).save(memory, "PNG")
+        return {"png": memory.getvalue()}
     features = embedding.features.detach().float().cpu().numpy().astype(np.float16)
     sizes = {"image_size": list(embedding.image_size), "resized": list(embedding.resized)}
     return {"features": features.tobytes(), "shape": list(features.shape)} | sizes
-
-
-PACKED = {"masks": _mask, "embeddings": _embedding}
 
 
 @contextlib.contextmanager

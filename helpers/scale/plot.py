@@ -3,9 +3,8 @@
 import warnings
 
 import matplotlib.pyplot as plt
-import optuna
 import pandas as pd
-from optuna.visualization import matplotlib as drawn
+from optuna.visualization.matplotlib import plot_parallel_coordinate
 
 from helpers import plots
 from helpers.scale import search
@@ -56,53 +55,31 @@ def value_strips(table: pd.DataFrame, rows: pd.DataFrame, measure: str, title: s
 def trial_curves(trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
     """Score against epoch of every trial of a search, coloured by outcome, the best in front.
 
-    Args:
-        trials: from `helpers.scale.search.sample`.
-        rows, measure, title: as for `value_strips`.
+    `rows`, `measure` and `title` are as for `value_strips`.
     """
-    axes = _draw(drawn.plot_intermediate_values, trials)
-    shown = trials[trials.curve.map(len) > 0]
-    best = trials.score.idxmax() if trials.score.notna().any() else None
-    for line, (place, trial) in zip(axes.lines, shown.iterrows()):
-        colour, style, _ = OUTCOMES[trial.outcome.partition(":")[0]]
-        line.set(color=colour, linestyle=style, alpha=1, label="")
-        if place == best:
-            line.set(color=plots.PREDICTION, linewidth=2.4, zorder=3, label="best")
-    for outcome in trials.outcome.str.partition(":")[0].unique():
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    if trials.score.notna().any():
+        curve = trials.curve[trials.score.idxmax()]
+        axes.plot(range(1, len(curve) + 1), curve, color=plots.PREDICTION, lw=2.4, zorder=3, label="best")
+    for outcome, part in trials.groupby(trials.outcome.str.partition(":")[0], sort=False):
         colour, style, label = OUTCOMES[outcome]
-        axes.plot([], [], style, color=colour, label=label)
+        lines = [axes.plot(range(1, len(curve) + 1), curve, style, color=colour)[0] for curve in part.curve]
+        lines[0].set_label(label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(title="", xlabel="epoch", ylabel=f"validation {measure}")
+    axes.set(xlabel="epoch", ylabel=f"validation {measure}")
     axes.legend(frameon=False, fontsize=9)
-    return _finish(axes, (7, 3.6), rows, title)
-
-
-def importance(trials: pd.DataFrame, rows: pd.DataFrame, title: str, seed: int = 0) -> plt.Figure:
-    """Bars: the share of the score's variance that each hyper-parameter explains; none where it is 0.
-
-    Args:
-        trials, seed: as for `helpers.scale.search.importance`.
-        rows, title: as for `value_strips`.
-    """
-    varied = trials if search.importance(trials, seed) else trials.head(0)
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-    axes = _draw(drawn.plot_param_importances, varied, evaluator=evaluator)
-    axes.get_legend().remove()
-    axes.set_title("", loc="left")
-    axes.set(xlabel="share of the variance of the score (fANOVA)", ylabel="")
-    return _finish(axes, (6, 3), rows, title)
+    return plots.finish(figure, rows, title)
 
 
 def parallel_coordinates(trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
-    """A line per trial, from its score through its values; the better the darker.
-
-    Args:
-        trials: from `helpers.scale.search.sample`; those without a score are left out.
-        rows, measure, title: as for `value_strips`.
-    """
-    axes = _draw(drawn.plot_parallel_coordinate, trials, target_name=f"validation {measure}")
-    axes.set_title("")
-    return _finish(axes, (11, 4.4), rows, title)
+    """A line per trial with a score, from it through its values; the better the darker."""
+    layout = {"figure.constrained_layout.use": True}
+    # Optuna would change the style of all later figures, and warn.
+    with plt.rc_context(layout), warnings.catch_warnings(action="ignore"):
+        axes = plot_parallel_coordinate(search.study(trials), target_name=f"validation {measure}")
+    axes.set(title="", facecolor="white")
+    axes.figure.set(size_inches=(11, 4.4), layout_engine="constrained")
+    return plots.finish(axes.figure, rows, title)
 
 
 def scaling(runs: list[dict]) -> plt.Figure:
@@ -122,16 +99,3 @@ def scaling(runs: list[dict]) -> plt.Figure:
     memory.set_ylim(0, None)
     cost.legend(frameon=False)
     return plots.finish(figure, None, "Cost of an image, and memory, against the number of images")
-
-
-def _draw(draw, trials, **words):
-    """Return the Axes of an Optuna figure, which would change the style of all later ones and warn."""
-    layout = {"figure.constrained_layout.use": True}
-    with plt.rc_context(layout), warnings.catch_warnings(action="ignore"):
-        return draw(search.study(trials), **words)
-
-
-def _finish(axes, size, rows, title):
-    axes.set_facecolor("white")
-    axes.figure.set(size_inches=size, layout_engine="constrained")
-    return plots.finish(axes.figure, rows, title)

@@ -1,8 +1,8 @@
 """Hyper-parameters as an experiment: many trainings of one model, and a table of what each gave.
 
-Ray Tune runs and keeps the trials, Optuna's TPE proposes settings, ASHA stops those that fall behind
-(L. Li et al., MLSys 2020). Here one trial runs on each core; with `RAY_ADDRESS` set the same call runs
-on that cluster, whose nodes must then see the images and the folder under the same paths.
+Ray Tune runs and keeps the trials, Optuna's TPE proposes settings, ASHA stops those that fall behind (L. Li
+et al., MLSys 2020). Here one trial runs on each core; with `RAY_ADDRESS` set the same call runs on that
+cluster, whose nodes must then see the images and the folder under the same paths.
 
 A search lives in `<folder>/searches/<name>-<key of all it depends on>`, so that none meets another's trials.
 A stopped one resumes there and repeats at most the trials that were running, and these resume from their last
@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -45,13 +44,8 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)  # every step would be noted 
 def one_at_a_time(task: Task, factors: dict, seeds=(0, 1, 2)) -> list[dict]:
     """List for `grid` the settings in which at most one value is not the task's own, each with every seed.
 
-    Args:
-        task: Task.
-        factors: dict from the name of a hyper-parameter to the values to try.
-        seeds: of the training.
-
-    Raises:
-        ValueError: an unknown name, no value, or one that the model has not.
+    `factors` is a dict from the name of a hyper-parameter to the values to try. ValueError for an unknown
+    name, no value, or one that the model has not.
     """
     _check_space(task, factors)
     own = task.config({})
@@ -65,16 +59,16 @@ def grid(task: Task, settings: list[dict], name: str, **resources) -> pd.DataFra
     """Train with each of the settings.
 
     Args:
-        task: Task.
+        task: what all trials share.
         settings: each a dict of config.
         name: of the search, with which its folder's name begins.
-        resources: `cpus` per trial (1), `memory` per trial (`MEMORY` bytes), and `at_once`: how many
-            trials run at the same time (None: as many as fit).
+        resources: `cpus` per trial (1), and `at_once`: how many trials run at the same time (None: as many as
+            fit).
 
     Returns:
-        DataFrame, one row per trial: `setting` (dict), `score` (NaN where it failed), `epoch` (the one
-        that is kept), `curve` (the scores by epoch), `outcome` ("finished", "stopped early" or "failed:
-        ..."), `seconds`, `device` and `versions`.
+        DataFrame, one row per trial: `setting` (dict), `score` (NaN where it failed), `epoch` (the one that
+        is kept), `curve` (the scores by epoch), `outcome` ("finished", "stopped early" or "failed: ..."),
+        `seconds`, `device` and `versions`.
 
     Raises:
         ValueError: a setting is none of the model, or the folder holds something else.
@@ -94,12 +88,10 @@ def sample(task: Task, space: dict, trials: int, name: str, seed: int = 0, **res
     The first setting is the task's own, as near as the space comes to it, so that a winner is seldom worse.
 
     Args:
-        task: Task.
         space: dict from the name of a hyper-parameter to a list of values or a `Range`.
         trials: how many settings.
-        name: of the search, with which its folder's name begins.
         seed: of the sampler. With several trials at once the proposals also depend on which ends first.
-        resources: as for `grid`, whose DataFrame is returned and whose errors are raised.
+        task, name, resources: as for `grid`, whose DataFrame is returned and whose errors are raised.
     """
     _check_space(task, space)
     if trials < 1:
@@ -121,13 +113,9 @@ def _check_space(task, space):
 
 
 def save(task: Task, trials: pd.DataFrame, name: str, path: str | Path = "") -> Path:
-    """Write the trials of a search to a result file in `trials/`, which appears whole or not at all.
+    """Write the trials of `grid` or `sample` to a result file in `trials/`.
 
-    Args:
-        task: Task.
-        trials: from `grid` or `sample`.
-        name: of the search, its key; with the data's source it names the file.
-        path: folder of result files, as for `helpers.results.folder`.
+    `name`, with the data's source, names the file. `path` is the folder, as for `helpers.results.folder`.
     """
     model, source = MODELS[task.model], task.val.source.iloc[0]
     about = {"source": source, "split": task.val.split.iloc[0] if "split" in task.val else "none"}
@@ -152,15 +140,10 @@ def save(task: Task, trials: pd.DataFrame, name: str, path: str | Path = "") -> 
 def by_value(task: Task, trials: pd.DataFrame, factors: dict) -> pd.DataFrame:
     """Sum the trials of `one_at_a_time` up: what each value of each hyper-parameter gave.
 
-    Args:
-        task: Task.
-        trials: from `grid`.
-        factors: as for `one_at_a_time`.
-
     Returns:
-        DataFrame, one row per hyper-parameter and value: `parameter`, `value`, `default` (True for the
-        task's own), `runs` (how many have a score), `mean` score, `low` and `high` (95 % interval of the
-        mean over seeds, from Student's t, not cut off at 0 or 1; NaN below two runs), `failed` (how many).
+        DataFrame, one row per hyper-parameter and value: `parameter`, `value`, `default` (True for the task's
+        own), `runs` (how many have a score), `mean` score, `low` and `high` (95 % interval of the mean over
+        seeds, from Student's t, not cut off at 0 or 1; NaN below two runs), `failed` (how many).
     """
     rows, settings = [], [_without_seed(setting) for setting in trials.setting]
     for name, values in factors.items():
@@ -168,12 +151,10 @@ def by_value(task: Task, trials: pd.DataFrame, factors: dict) -> pd.DataFrame:
         for value in dict.fromkeys([usual, *values]):
             own = [setting == ({} if value == usual else {name: value}) for setting in settings]
             scores = trials.score[own].dropna()
-            runs, mean, half = len(scores), scores.mean(), np.nan
-            if runs > 1:
-                half = stats.t.ppf(0.975, runs - 1) * scores.sem()
-            row = {"parameter": name, "value": value, "default": value == usual, "runs": runs}
-            row |= {"mean": mean, "low": mean - half, "high": mean + half}
-            rows.append(row | {"failed": sum(own) - runs})
+            runs, mean = len(scores), scores.mean()
+            half = stats.t.ppf(0.975, runs - 1) * scores.sem()
+            row = {"parameter": name, "value": value, "default": value == usual, "runs": runs, "mean": mean}
+            rows.append(row | {"low": mean - half, "high": mean + half, "failed": sum(own) - runs})
     return pd.DataFrame(rows).astype({"value": object})
 
 
@@ -208,20 +189,11 @@ def study(trials: pd.DataFrame) -> optuna.Study:
 
 
 def importance(trials: pd.DataFrame, seed: int = 0) -> dict[str, float]:
-    """Return how much of the score's variance each hyper-parameter explains: F. Hutter et al., ICML 2014.
+    """Return the share of the score's variance that each hyper-parameter explains, by decreasing share.
 
-    Optuna's fANOVA on the trials that have a score. Those stopped early count with what they had
-    reached, so what is slow to pay off looks worse than it is.
-
-    Args:
-        trials: from `sample`.
-        seed: of the random forest.
-
-    Returns:
-        dict from name to share, the largest first; together 1. Empty where all scores are the same.
-
-    Raises:
-        ValueError: fewer than two trials have a score.
+    Optuna's fANOVA (F. Hutter et al., ICML 2014; `seed` is of its random forest) on the trials of `sample`
+    that have a score. Those stopped early count with what they had reached, so what is slow to pay off looks
+    worse than it is. Empty where all scores are the same; ValueError where fewer than two trials have one.
     """
     scores = trials.score.dropna()
     if len(scores) < 2:
@@ -240,7 +212,7 @@ def read_test(
     Their runs are read where `grid` made them. Do this once, when every decision is made.
 
     Args:
-        task: Task.
+        task: whose model is trained.
         configs: dict from a name, such as "winner", to its setting.
         rows: rows of an index: lesion images for "decoder".
         fold: the test fold that they are from.
@@ -274,14 +246,14 @@ def read_test(
 # What a search is made of
 
 
-def _search(task, name, plan, cpus=1, memory=MEMORY, at_once=None):
+def _search(task, name, plan, cpus=1, at_once=None):
     identity = {"version": VERSION, **task.identity(), **plan}
     run = cache.Run(_claim(cache.folder(task.folder) / "searches", name, identity))
     if not run.finished:
         ray_cluster.start()
         _embed(task, plan)
         with _alone(run.folder):
-            found = _run(task, run.folder, plan, cpus, memory, at_once)
+            found = _run(task, run.folder, plan, cpus, at_once)
         run.finish({"trial": [json.dumps(_row(task, result)) for result in found]})
     trials = [json.loads(trial) for trial in run.history().trial]
     if "settings" in plan:  # in their order, and not as they ended
@@ -327,19 +299,18 @@ def _embed(task, plan):
         embeddings.embed_rows(task.segmenter, task.train, task.folder, number, seed)
 
 
-def _run(task, folder, plan, cpus, memory, at_once):
+def _run(task, folder, plan, cpus, at_once):
     os.environ |= TUNE
     import ray
     from ray import tune
 
-    needs = {"cpu": cpus, "memory": memory, "gpu": int("GPU" in ray.cluster_resources())}
-    trial = tune.with_parameters(_trial, task=task, cpus=cpus)
-    trial = tune.with_resources(trial, needs)
+    needs = {"cpu": cpus, "memory": MEMORY, "gpu": int("GPU" in ray.cluster_resources())}
+    trial = tune.with_resources(tune.with_parameters(_trial, task=task, cpus=cpus), needs)
     if tune.Tuner.can_restore(str(folder)):
         print(f"the search resumes in {folder}")
         return tune.Tuner.restore(str(folder), trial, restart_errored=True).fit()
-    about = {"max_concurrent_trials": at_once, "reuse_actors": True}  # a worker imports torch once
-    about |= _strategy(task, plan)
+    about = _strategy(task, plan) if "space" in plan else {"metric": "score", "mode": "max"}
+    about |= {"max_concurrent_trials": at_once, "reuse_actors": True}  # a worker imports torch once
     config = tune.RunConfig(
         folder.name,
         str(folder.parent),
@@ -354,9 +325,7 @@ def _run(task, folder, plan, cpus, memory, at_once):
 
 
 def _strategy(task, plan):
-    """Return how trials are proposed and stopped: all are run to their end where they are listed."""
-    if "settings" in plan:
-        return {"metric": "score", "mode": "max"}
+    """Return how the trials of a space are proposed and stopped."""
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
@@ -420,13 +389,9 @@ def _trial(config, task, cpus):
         """Sum up all epochs but 0, the weights as they came."""
         rows, (column, sign) = [row for row in history if row["epoch"] > 0], MODELS[task.model].kept
         kept, score = max(rows, key=lambda row: sign * row[column]), MODELS[task.model].score
-        last.update(
-            ended=rows[-1]["epoch"],
-            epoch=kept["epoch"],
-            score=kept[score],
-            curve=[round(float(row[score]), 5) for row in rows],
-            seconds=round(sum(row["seconds"] for row in history), 2),
-        )
+        last.update(ended=rows[-1]["epoch"], epoch=kept["epoch"], score=kept[score])
+        last["curve"] = [round(float(row[score]), 5) for row in rows]
+        last["seconds"] = round(sum(row["seconds"] for row in history), 2)
         tune.report(dict(last))
 
     try:
@@ -446,6 +411,5 @@ def _row(task, result):
     if "failed" in found or result.error:
         told = found.get("failed") or str(result.error).strip().splitlines()[-1]
         return row | {"score": None, "outcome": f"failed: {told}"}
-    whole = found["ended"] >= task.config(setting).epochs
-    outcome = "finished" if whole else "stopped early"
+    outcome = "finished" if found["ended"] >= task.config(setting).epochs else "stopped early"
     return row | {"score": round(float(found["score"]), 5), "outcome": outcome}

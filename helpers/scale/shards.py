@@ -41,11 +41,7 @@ class Shard:
 
 
 def place(path) -> tuple[pa.fs.FileSystem, str]:
-    """Return the file system of a path or URI, and the absolute path in it.
-
-    Raises:
-        ValueError: no URI that pyarrow knows.
-    """
+    """Return the file system of a path or URI, and the absolute path in it; ValueError if it is unknown."""
     text = os.fspath(path).rstrip("/") or "/"
     if "://" not in text:
         return pa.fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
@@ -53,23 +49,15 @@ def place(path) -> tuple[pa.fs.FileSystem, str]:
         return pa.fs.FileSystem.from_uri(text)
     except (ValueError, NotImplementedError, pa.ArrowException) as error:
         raise ValueError(
-            f"{text!r} can't be opened ({first_line(error)}); give a folder, or a path that begins "
-            "with s3://, gs:// or file://"
+            f"{text!r} can't be opened ({first_line(error)}); give a folder, or a path that begins with "
+            "s3://, gs:// or file://"
         ) from None
 
 
 def cut(system, root, columns, batch) -> tuple[list[Shard], str]:
     """Return the shards of a source in their order, and a key of its files' names and sizes.
 
-    Args:
-        system, root: `place` of the source.
-        columns: of Parquet, those of names and of encoded images.
-        batch: images in a shard, at most; but a row group is never cut.
-
-    Raises:
-        FileNotFoundError: no such source, or no image in it.
-        ValueError: files of both kinds, an unreadable Parquet, a column missing or of another type, a name
-            missing or twice.
+    `system` and `root` are the `place` of the source; for the rest, and for errors, see `bulk.run`.
     """
     info = system.get_file_info(root)
     if info.type == pa.fs.FileType.NotFound:
@@ -112,7 +100,7 @@ def _check(system, paths, columns):
     hashes = np.sort(np.concatenate(hashes))
     twice = hashes[1:][hashes[1:] == hashes[:-1]][:1000]
     parts = (part for path in paths if len(twice) for part in _names(system, path, columns[0]))
-    names = pd.Series([name for part in parts for name in part[np.isin(_hash(part), twice)]])
+    names = pd.Series([name for part, hashed in parts for name in part[np.isin(hashed, twice)]])
     if names.duplicated().any():
         raise ValueError(
             f"the name {names[names.duplicated()].iloc[0]!r} stands in more than one row of the Parquet; "
@@ -129,8 +117,8 @@ def _check_one(system, path, columns):
         missing = [name for name in columns if name not in schema.names]
         if missing:
             raise ValueError(
-                f"{path} has no column {', '.join(missing)}, but {', '.join(schema.names)}; say which "
-                "hold names and encoded images (columns=...)"
+                f"{path} has no column {', '.join(missing)}, but {', '.join(schema.names)}; say which hold "
+                "names and encoded images (columns=...)"
             )
         name, image = (schema.field(column).type for column in columns)
         if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
@@ -141,7 +129,7 @@ def _check_one(system, path, columns):
                 f"the columns {', '.join(columns)} of {path} are of type {name} and {image}; they must "
                 "be string and binary (an encoded PNG, JPEG or DICOM)"
             )
-        hashes = [_hash(part) for part in _names(system, path, columns[0])]
+        hashes = [hashed for _, hashed in _names(system, path, columns[0])]
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no whole Parquet file ({first_line(error)}); write it again") from error
     rows = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
@@ -149,16 +137,13 @@ def _check_one(system, path, columns):
 
 
 def _names(system, path, column):
-    """Yield the names in a Parquet, object arrays of at most 10,000."""
+    """Yield the names in a Parquet, arrays of at most 10,000, each with an array of their hashes."""
     with _open(system, path) as table:
         for some in table.iter_batches(10_000, columns=[column]):
             if some.column(0).null_count:
                 raise ValueError(f"{path} has rows without a name; give every image one")
-            yield some.column(0).to_numpy(zero_copy_only=False)
-
-
-def _hash(names):
-    return pd.util.hash_array(names, categorize=False)
+            names = some.column(0).to_numpy(zero_copy_only=False)
+            yield names, pd.util.hash_array(names, categorize=False)
 
 
 def _open(system, path):
@@ -167,18 +152,9 @@ def _open(system, path):
 
 
 def read(system, root, shard, columns):
-    """Yield name and content of a shard's images, read a few at a time.
+    """Yield the names of a shard's images, each with a function that returns its bytes, or None without any.
 
-    Args:
-        system, root: `place` of the source.
-        shard: Shard.
-        columns: as for `cut`.
-
-    Yields:
-        str, and a function that returns the bytes, or raises OSError or ValueError where there are none.
-
-    Raises:
-        ValueError: the Parquet can't be read.
+    A few rows of Parquet are read at a time; ValueError where they can't be. The function raises OSError.
     """
     for name in shard.names:
         yield name, functools.partial(_file, system, f"{root}/{name}")
@@ -191,7 +167,7 @@ def read(system, root, shard, columns):
                 if pa.types.is_struct(cells.type):
                     cells = cells.field("bytes")
                 for name, cell in zip(names, cells):
-                    yield name.as_py(), functools.partial(_cell, cell.as_py())
+                    yield name.as_py(), cell.as_py
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{shard} can't be read ({first_line(error)}); write it again") from error
 
@@ -199,9 +175,3 @@ def read(system, root, shard, columns):
 def _file(system, path):
     with system.open_input_stream(path) as file:
         return file.read()
-
-
-def _cell(content):
-    if content is None:
-        raise ValueError("the row holds no image")
-    return content

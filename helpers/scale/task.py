@@ -31,12 +31,10 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """All values from `low` to `high`; with `log` each power of ten is as likely as the next.
+    """All values from `low` to `high`, only whole ones between whole numbers such as 5 and 20.
 
-    Between whole numbers, such as 5 and 20, only whole ones are drawn.
-
-    Raises:
-        ValueError: the range is empty, or reaches 0 with `log`.
+    With `log` each power of ten is as likely as the next. ValueError where the range is empty, or reaches 0
+    with `log`.
     """
 
     low: float
@@ -56,7 +54,6 @@ class Range:
 
     @property
     def distribution(self):
-        """The same for Optuna."""
         whole = isinstance(self.low, int) and isinstance(self.high, int)
         kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
         return kind(self.low, self.high, log=self.log)
@@ -67,11 +64,10 @@ class Task:
     """What all trials of a search share.
 
     Attributes:
-        model: a key of `MODELS`: "decoder" (of a promptable segmenter, with boxes from the truth),
-            "unet" or "vgg".
+        model: a key of `MODELS`: "decoder" (of a promptable segmenter, with true boxes), "unet" or "vgg".
         train: rows of an index.
-        val: rows of an index; the score of a trial is the mean Dice, or the accuracy, on them at the
-            epoch that `fit` keeps. Never the test fold.
+        val: rows of an index, never of the test fold; the score of a trial is the mean Dice, or the accuracy,
+            on them at the epoch that `fit` keeps.
         fixed: fields of the model's `Config` that no trial varies; the rest have its defaults.
         checkpoint, precision: of the segmenter, as for `helpers.sam.load`; "decoder" only.
         folder: for embeddings, runs and searches; "" is `helpers.cache.folder()`.
@@ -121,7 +117,7 @@ class Task:
         return sam.load(self.checkpoint, precision=self.precision)
 
     def fit(self, setting, report=None):
-        """Train with a setting, or read the finished run; return (network, history) as `fit` does."""
+        """Train with a setting, or read the finished run: (network, history), as `fit` of the model."""
         config, rows = self.fixed | setting, (self.train, self.val)
         if self.model != "decoder":
             return self.module.fit(*rows, folder=self.folder, report=report, **config)
@@ -131,15 +127,15 @@ class Task:
         return segmenter, segmenter.fit(*rows, self.folder, report, **config)
 
     def predict(self, network, rows):
-        """Return what a trained network says of rows: dict from image_id to mask, or (N, 3) probabilities."""
+        """Return what a network predicts for rows: dict from image_id to mask, or (N, 3) probabilities."""
         if self.model == "unet":
             return self.module.predict_masks(network, rows)
         if self.model == "vgg":
             return self.module.predict(network, self.module.pictures(rows, self.config({}).size))
         from helpers.sam import embeddings
 
-        boxes, found = prompts.truth_boxes(rows), embeddings.embed_rows(network, rows, self.folder)
-        return {name: network.predict(found[name], box) > 0.5 for name, box in boxes.items()}
+        found = embeddings.embed_rows(network, rows, self.folder)
+        return network.predict_masks(found, prompts.truth_boxes(rows))
 
     def identity(self):
         """Return what makes this task another than the next, for JSON."""
