@@ -59,7 +59,7 @@ def atomic(target: str | Path) -> Iterator[Path]:
 
 
 def _swap(new, folder):
-    """Put `new` in the place of `folder`, which no rename replaces; a stop in between leaves the old one."""
+    """Put `new` in the place of `folder`, which no rename replaces; where that fails, the old one stays."""
     old = folder.with_name(f".{folder.name}-old")
     shutil.rmtree(old, ignore_errors=True)  # from a kill after the swap; `folder` is whole
     os.replace(folder, old)
@@ -68,7 +68,7 @@ def _swap(new, folder):
     except BaseException:
         os.replace(old, folder)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write(target: str | Path, content: bytes | str) -> None:

@@ -30,7 +30,7 @@ def read_image(path, frame=None, content=None):
             and none chosen, or compressed in a way that nothing here reads.
     """
     if content is None and not Path(path).is_file():
-        raise FileNotFoundError(f"no image file {path}; where it belongs to a data set, fetch that again")
+        raise FileNotFoundError(f"no image file {path}; correct the path, or fetch the data set again")
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
         named = str(path).lower().endswith((".dcm", ".dicom"))
         dicom = named or file.read(132)[128:] == b"DICM"
