@@ -11,8 +11,8 @@ run: .venv/installed ## execute the notebooks into executed/, with index.html: a
 	@echo "Executing the notebooks into executed/: about 4 hours on 2 cores, and the download of BUSI"
 	.venv/bin/python notebooks/execute.py
 
-test: .venv/installed ## test everything, each notebook included: about 6 minutes on 2 cores
-	@echo "Testing helpers/ and every notebook on synthetic images: about 6 minutes on 2 cores"
+test: .venv/installed ## test everything, each notebook included: about 7 minutes on 2 cores
+	@echo "Testing helpers/ and every notebook on synthetic images: about 7 minutes on 2 cores"
 	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 
 test-fast: .venv/installed ## test helpers/ without notebooks, Ray and kills: under a minute on 2 cores
