@@ -106,7 +106,7 @@ def alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def ray():
-    ray = ray_cluster.start(memory=100 * 2**20)
+    ray = ray_cluster.start()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker finds this file
     yield ray
     with warnings.catch_warnings(action="ignore", category=ResourceWarning):

@@ -346,11 +346,6 @@ def test_parallel_lines_lead_from_the_score_of_each_trial_that_has_one(searched,
     assert ticks == ["validation Dice", "activation", "learning_rate"]
 
 
-def test_costs_of_bulk_work_are_drawn():
-    run = {"model": "pipeline", "images": 1000, "ms_per_image": 500, "peak_mb": {"all": 900}}
-    assert plot.scaling([run]).axes[0].lines[0].get_ydata().tolist() == [500]
-
-
 def test_figures_are_closed_quiet_and_leave_the_style_alone(searched, lesions, capfd):
     before = plt.rcParams.copy()
     figures = [

@@ -1,4 +1,4 @@
-"""Figures of notebook 09: what each value gave, every trial of a search, what bulk work costs."""
+"""Figures of notebook 09: what each value gave, and every trial of a search."""
 
 import warnings
 
@@ -19,11 +19,7 @@ OUTCOMES = {
 def value_strips(table: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
     """Panels, one per hyper-parameter: the mean score of each value with its interval over seeds.
 
-    Args:
-        table: from `helpers.scale.search.by_value`.
-        rows: of the index, for the title.
-        measure: "Dice" or "accuracy".
-        title: of the figure.
+    `table` is from `search.by_value`, `rows` are of the index, `measure` is "Dice" or "accuracy".
     """
     names = list(table.parameter.unique())
     columns = min(3, len(names))
@@ -47,8 +43,7 @@ def value_strips(table: pd.DataFrame, rows: pd.DataFrame, measure: str, title: s
     low, high = table["mean"].min(), table["mean"].max()
     edge = max(0.02, 0.4 * (high - low))  # three seeds can have a very wide interval
     cells[0, 0].set_xlim(low - edge, high + edge)
-    label = f"validation {measure}, 95 % interval over seeds; blue: the default"
-    figure.supxlabel(label, fontsize=10)
+    figure.supxlabel(f"validation {measure}, 95 % interval over seeds; blue: the default", fontsize=10)
     return plots.finish(figure, rows, title)
 
 
@@ -80,22 +75,3 @@ def parallel_coordinates(trials: pd.DataFrame, rows: pd.DataFrame, measure: str,
     axes.set(title="", facecolor="white")
     axes.figure.set(size_inches=(11, 4.4), layout_engine="constrained")
     return plots.finish(axes.figure, rows, title)
-
-
-def scaling(runs: list[dict]) -> plt.Figure:
-    """Two panels: milliseconds per image and peak memory against the number of images in a bulk run.
-
-    Args:
-        runs: as in `helpers.results.load_scaling`.
-    """
-    figure, (cost, memory) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for model, colour in zip(dict.fromkeys(run["model"] for run in runs), (plots.PREDICTION, plots.BOX)):
-        part = [run for run in runs if run["model"] == model]
-        images, about = [run["images"] for run in part], {"color": colour, "label": model}
-        cost.plot(images, [run["ms_per_image"] for run in part], "o", **about)
-        memory.plot(images, [run["peak_mb"]["all"] for run in part], "o", **about)
-    cost.set(xscale="log", xlabel="images", ylabel="milliseconds per image", yscale="log")
-    memory.set(xscale="log", xlabel="images", ylabel="peak memory of all processes (MB)")
-    memory.set_ylim(0, None)
-    cost.legend(frameon=False)
-    return plots.finish(figure, None, "Cost of an image, and memory, against the number of images")

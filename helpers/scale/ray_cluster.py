@@ -12,16 +12,12 @@ from helpers.images import first_line
 from helpers.quiet import quiet_stderr
 
 SHARED = Path("/dev/shm")  # where Ray keeps the objects that its processes share
+STORE = 256 * 2**20  # bytes of that, where there are so many
 LEAST = 80 * 2**20  # bytes; Ray refuses an object store of under 75 MiB
 PATIENCE = 5  # seconds until a cluster's address must answer
 # One thread a worker: there are as many workers as cores.
-THREADS = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-}
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+THREADS |= dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1")
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -31,23 +27,16 @@ QUIET = {
 }
 
 
-def start(memory: int = 256 * 2**20):
-    """Join the Ray cluster that $RAY_ADDRESS names, or start Ray on this machine; say nothing.
+def start():
+    """Join the Ray cluster that $RAY_ADDRESS names, or start Ray on this machine; return the module `ray`.
 
-    A Ray that this process already uses is used again. On this machine Ray gets every core that the
-    process may use (a container's share; $LOKY_MAX_CPU_COUNT) and, for what its processes share,
-    `memory` bytes of shared memory, or what is left of it where that is less. On a cluster the package
-    is sent along; what it imports must be installed there.
-
-    Args:
-        memory: bytes of the object store; a cluster has its own.
-
-    Returns:
-        the module `ray`.
+    A Ray that this process already uses is used again. On this machine Ray gets every core that the process
+    may use (a container's share; $LOKY_MAX_CPU_COUNT). On a cluster the package is sent along; what it
+    imports must be installed there.
 
     Raises:
-        ConnectionError: $RAY_ADDRESS is no address, nothing answers there within 5 seconds, or the
-            cluster there refuses.
+        ConnectionError: $RAY_ADDRESS is no address, nothing answers there within 5 seconds, or the cluster
+            there refuses.
         RuntimeError: too little shared memory, or Ray did not start (it gives up after 30 seconds).
     """
     os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
@@ -70,7 +59,7 @@ def start(memory: int = 256 * 2**20):
                 "asks for a token RAY_AUTH_MODE=token must be set here too"
             ) from error
         return ray
-    memory = _room(memory)
+    memory = _room()
     try:
         with quiet_stderr():
             ray.init(
@@ -109,14 +98,14 @@ def _check_answers(address):
         ) from None
 
 
-def _room(memory):
-    """Return the bytes for the object store: `memory`, or what is free of the shared memory."""
+def _room():
+    """Return the bytes for the object store: `STORE`, or what is free of the shared memory."""
     if not SHARED.is_dir():  # not Linux: Ray takes the temporary folder
-        return max(memory, LEAST)
+        return STORE
     free = shutil.disk_usage(SHARED).free
     if free < LEAST:
         raise RuntimeError(
             f"{SHARED} has {free / 2**20:.0f} MiB free and Ray needs {LEAST / 2**20:.0f}; delete what lies "
             "there, or give the container more (docker run --shm-size=1g)"
         )
-    return max(LEAST, min(memory, int(0.9 * free)))
+    return max(LEAST, min(STORE, int(0.9 * free)))

@@ -62,8 +62,7 @@ def grid(task: Task, settings: list[dict], name: str, **resources) -> pd.DataFra
         task: what all trials share.
         settings: each a dict of config.
         name: of the search, with which its folder's name begins.
-        resources: `cpus` per trial (1), and `at_once`: how many trials run at the same time (None: as many as
-            fit).
+        resources: `cpus` per trial (1), and `at_once`: how many run at the same time (None: as many as fit).
 
     Returns:
         DataFrame, one row per trial: `setting` (dict), `score` (NaN where it failed), `epoch` (the one that
@@ -387,10 +386,11 @@ def _trial(config, task, cpus):
 
     def report(history):
         """Sum up all epochs but 0, the weights as they came."""
-        rows, (column, sign) = [row for row in history if row["epoch"] > 0], MODELS[task.model].kept
-        kept, score = max(rows, key=lambda row: sign * row[column]), MODELS[task.model].score
-        last.update(ended=rows[-1]["epoch"], epoch=kept["epoch"], score=kept[score])
-        last["curve"] = [round(float(row[score]), 5) for row in rows]
+        rows, model = [row for row in history if row["epoch"] > 0], MODELS[task.model]
+        column, sign = model.kept
+        kept = max(rows, key=lambda row: sign * row[column])
+        last.update(ended=rows[-1]["epoch"], epoch=kept["epoch"], score=kept[model.score])
+        last["curve"] = [round(float(row[model.score]), 5) for row in rows]
         last["seconds"] = round(sum(row["seconds"] for row in history), 2)
         tune.report(dict(last))
 
