@@ -118,7 +118,7 @@ def groups_side_by_side(rows: pd.DataFrame, title: str) -> Figure:
 # Segmentation
 
 
-def outlines(rows: pd.DataFrame, masks, title, boxes=None, scores=None) -> Figure:
+def overlays(rows: pd.DataFrame, masks, title, boxes=None, scores=None) -> Figure:
     """Images with the outlines of truth and prediction, and the box of the prompt.
 
     Args:

@@ -42,7 +42,7 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
     return {
         "gallery": plots.gallery(index.iloc[:3], "Some images"),
         "groups_side_by_side": plots.groups_side_by_side(data.related(index), "Groups"),
-        "outlines": plots.outlines(rows, masks, "Outlines", boxes, scores),
+        "overlays": plots.overlays(rows, masks, "Outlines", boxes, scores),
         "from_image_to_mask": plots.from_image_to_mask(
             rows.iloc[0], boxes[rows.image_id[0]], masks[rows.image_id[0]].astype(np.float32)
         ),
@@ -74,7 +74,7 @@ def test_every_figure_is_drawn_says_synthetic_and_is_closed(figures):
 
 
 def test_outlines_show_truth_prediction_and_box(rows, masks, boxes, scores):
-    figure = plots.outlines(rows, masks, "Outlines", boxes, scores)
+    figure = plots.overlays(rows, masks, "Outlines", boxes, scores)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truth", "prediction", "box"]
     first = figure.axes[0]
     assert len(first.collections) == 2
@@ -84,7 +84,7 @@ def test_outlines_show_truth_prediction_and_box(rows, masks, boxes, scores):
 
 def test_outlines_before_and_after_fine_tuning(rows, masks, boxes, scores):
     pair = (masks, masks), (scores.assign(dice=0.25), scores.assign(dice=0.5))
-    figure = plots.outlines(rows, pair[0], "Both", boxes, pair[1])
+    figure = plots.overlays(rows, pair[0], "Both", boxes, pair[1])
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["truth", "released", "fine-tuned", "box"]
     assert len(figure.axes[0].collections) == 3
@@ -125,7 +125,7 @@ def test_figures_draw_the_truth_that_is_scored(tmp_path):
     for figure, place in (
         (plots.gallery(rows, "g"), 0),
         (plots.groups_side_by_side(rows, "g"), 0),
-        (plots.outlines(rows, nothing, "o"), 0),
+        (plots.overlays(rows, nothing, "o"), 0),
         (plots.from_image_to_mask(row, box, np.zeros((60, 80))), 2),
         (plots.overlay(speckled * 1.0, speckled), 0),
     ):
@@ -150,7 +150,7 @@ def test_comparison_orders_panels_by_prompt_and_never_mixes_them(rows, scores, t
 def test_an_empty_or_full_mask_draws_no_contour(rows, boxes):
     shape = data.image_shape(rows.iloc[0])
     for mask in (np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)):
-        figure = plots.outlines(rows.iloc[:1], {rows.image_id[0]: mask}, "Nothing")
+        figure = plots.overlays(rows.iloc[:1], {rows.image_id[0]: mask}, "Nothing")
         assert len(figure.axes[0].collections) == 1  # the truth
 
 

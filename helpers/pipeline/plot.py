@@ -57,7 +57,7 @@ def failures(failed: pd.DataFrame, findings: dict, title: str) -> Figure | None:
     """
     if failed.empty:
         return None
-    figure = plots.outlines(failed, evaluate.masks(findings), title)
+    figure = plots.overlays(failed, evaluate.masks(findings), title)
     for cell, row in zip(figure.axes, failed.itertuples()):
         cell.set_title(f"{row.image_id}: {row.cause}, Dice {row.dice:.2f}", fontsize=8)
     return figure
