@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import cache, synthetic
-from helpers.images import drop_specks, first_line, open_image, read_image, read_mask
+from helpers.images import SUFFIXES, cause, drop_specks, open_image, read_image, read_mask, walk
 from helpers.synthetic import DATASET_FOLDER
 
 LABELS = ("normal", "benign", "malignant")
@@ -43,6 +43,7 @@ def find_busi(root: str | Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: no BUSI there, or none of the three ways works.
+        ValueError: the folder holds BUSI more than once.
     """
     if root is not None:
         return _dataset_folder(Path(root).expanduser(), "root")
@@ -56,7 +57,7 @@ def find_busi(root: str | Path | None = None) -> Path:
     except Exception as error:  # kagglehub raises many kinds: no network, no access, disk full
         raise FileNotFoundError(
             "BUSI was not found: no root was given, $BUSI_DIR is not set, and the download through "
-            f"kagglehub failed ({type(error).__name__}: {first_line(error)}). Download "
+            f"kagglehub failed ({type(error).__name__}: {cause(error)}). Download "
             f"https://www.kaggle.com/datasets/{KAGGLE_HANDLE.partition('/versions')[0]} and set "
             f"BUSI_DIR to the folder that holds {DATASET_FOLDER}."
         ) from error
@@ -64,17 +65,41 @@ def find_busi(root: str | Path | None = None) -> Path:
 
 
 def _dataset_folder(root, source):
+    """Return the folder with all class folders: `root`, or the one such folder up to two levels below it."""
     if not root.is_dir():
         raise FileNotFoundError(f"{source} is {str(root)!r}, which is not a folder")
-    for folder in (root, root / DATASET_FOLDER):
-        if all((folder / label).is_dir() for label in LABELS):
-            return folder
-    found = sorted(path.name for path in root.iterdir())[:6]
-    missing = ", ".join(label for label in LABELS if not (root / label).is_dir())
+    level, nearest = [root], root
+    for _ in range(3):
+        whole = [folder for folder in level if set(LABELS) <= _class_folders(folder).keys()]
+        if len(whole) > 1:
+            places = ", ".join(str(folder) for folder in whole)
+            raise ValueError(
+                f"{source} is {str(root)!r}, which holds BUSI more than once: name one of {places}"
+            )
+        if whole:
+            return whole[0]
+        nearest = max([nearest, *level], key=lambda folder: len(_class_folders(folder)))
+        level = [path for folder in level for path in sorted(folder.glob("[!.]*/"))]
+    missing = ", ".join(label for label in LABELS if label not in _class_folders(nearest))
+    found = sorted(path.name for path in nearest.iterdir())[:6]
     raise FileNotFoundError(
-        f"{source} is {str(root)!r}, which is not BUSI: no folder {missing} in it or in {DATASET_FOLDER}/ "
-        f"below it (found {found}). Point it at the folder that holds {DATASET_FOLDER}."
+        f"{source} is {str(root)!r}, which is not BUSI: no folder {missing} in {str(nearest)!r} "
+        f"(found {found}). Point it at the folder that holds {DATASET_FOLDER}, or {_fetch_again(nearest)}."
     )
+
+
+def _class_folders(folder):
+    """Return the class folders in a folder by their label, in whatever case they are written."""
+    return {path.name.lower(): path for path in folder.glob("[!.]*/") if path.name.lower() in LABELS}
+
+
+def _fetch_again(folder):
+    """Say how to fetch the set again: kagglehub keeps half a set until its folder and its marker are gone."""
+    for place in (folder, *folder.parents):
+        if place.parent.name == "versions":
+            marker = place.with_name(f"{place.name}.complete")
+            return f"delete {str(place)!r} and {str(marker)!r}, then kagglehub fetches the set again"
+    return "fetch the set again"
 
 
 def load_index(root: str | Path | None = None) -> pd.DataFrame:
@@ -88,18 +113,24 @@ def load_index(root: str | Path | None = None) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: no data set, or an image or a mask of it is missing.
-        ValueError: the folder holds an image or a mask that the group table does not count.
+        ValueError: the folder holds an image or a mask that the group table does not count, or one twice.
     """
     folder = find_busi(root)
     is_synthetic = (folder.parent / synthetic.MARKER).is_file()  # such a set brings its own table
     place = folder.parent if is_synthetic else resources.files("helpers")
-    with (place / "busi_groups.csv").open() as lines:
+    with (place / "busi_groups.csv").open(encoding="utf-8") as lines:
         table = pd.read_csv(lines, keep_default_na=False)
     images, masks = {}, {}  # of each image id: the image's path, and the tuple of its masks' paths
-    for path in (path for label in LABELS for path in sorted((folder / label).glob("*.png"))):
-        mask = re.fullmatch(r"(.+)_mask(_\d+)?", path.stem)
+    for path in (path for _, place in sorted(_class_folders(folder).items()) for path in walk(place)):
+        if not path.name.lower().endswith(SUFFIXES):
+            continue
+        mask = re.fullmatch(r"(.+)_mask(_\d+)?", path.stem) or (
+            path.parent.name.lower() == "masks" and re.fullmatch("(.+)", path.stem)  # by the folder
+        )
         if mask:
             masks[mask[1]] = (*masks.get(mask[1], ()), path)
+        elif path.stem in images:
+            raise ValueError(f"{images[path.stem]} and {path} are the same image; take one of them out")
         else:
             images[path.stem] = path
     _check_complete(folder, table, images, masks)
@@ -114,14 +145,14 @@ def load_index(root: str | Path | None = None) -> pd.DataFrame:
 
 
 def _check_complete(folder, table, images, masks):
-    foreign = sorted(set(images) - set(table.image))
+    foreign, again = sorted(set(images) - set(table.image)), _fetch_again(folder)
     advice = "take them out, or fetch the original set"
     _refuse(foreign, ValueError, f"{folder} holds", "files that BUSI does not have", advice)
     lost = [name for name in table.image if name not in images]
-    _refuse(lost, FileNotFoundError, f"{folder} lacks", f"of {len(table)} images", "fetch the set again")
+    _refuse(lost, FileNotFoundError, f"{folder} lacks", f"of {len(table)} images", again)
     surplus = table.image.map(masks).map(len, na_action="ignore").fillna(0) - table.n_masks
     lost, added = list(table.image[surplus < 0]), list(table.image[surplus > 0])
-    _refuse(lost, FileNotFoundError, f"{folder} lacks mask files of", "images", "fetch the set again")
+    _refuse(lost, FileNotFoundError, f"{folder} lacks mask files of", "images", again)
     advice = "take them out: every mask file counts as truth"
     _refuse(added, ValueError, f"{folder} holds more mask files than BUSI for", "images", advice)
 
@@ -197,7 +228,7 @@ def load_busbra(root: str | Path) -> pd.DataFrame:
         FileNotFoundError: the table, a folder, an image or a mask is missing.
         ValueError: the table lacks a column, or names a pathology that is neither benign nor malignant.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     if not (root / "bus_data.csv").is_file():
         raise FileNotFoundError(
             f"no bus_data.csv in {str(root)!r}; point at the unpacked BUS-BRA folder "
@@ -257,8 +288,8 @@ def _busbra_mask(folder, name):
 
 
 def image_shape(row) -> tuple[int, int]:
-    """Return (H, W) of the image of one row of an index; reads only the file's header."""
-    return open_image(row.image_path, pixels=False).size[::-1]
+    """Return (H, W) of the image of one row of an index."""
+    return open_image(row.image_path).size[::-1]
 
 
 def read_truth(row) -> np.ndarray:
@@ -283,7 +314,7 @@ def _changed(path):
 def _packed_truth(stamps):
     """Return (H, W) and the packed bits of a truth; `stamps` are pairs (path, `_changed(path)`)."""
     (image, _), *masks = stamps
-    shape = open_image(image, pixels=False).size[::-1]
+    shape = open_image(image).size[::-1]
     return shape, np.packbits(drop_specks(read_mask([path for path, _ in masks], shape)))
 
 

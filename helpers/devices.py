@@ -5,6 +5,11 @@ import contextlib
 import torch
 
 
+def default_device() -> str:
+    """Return the device to compute on: "cuda" where there is an NVIDIA GPU, "mps" on Apple's, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a torch device multiplies in bfloat16 natively, so that it is faster."""
     if device.type == "cuda":

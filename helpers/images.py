@@ -1,85 +1,163 @@
-"""Read any frame a user may bring, PNG, JPEG or DICOM, and say what makes it unfit for the pipeline."""
+"""Read any frame a user may bring, in any common form, and say what makes it unfit for the pipeline."""
 
+import contextlib
 import io
+import os
+import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SPECK = 20  # pixels; a smaller component of the ground truth is a slip of the annotator's pen
 SMALLEST = 64  # px: below it no lesion can be told from speckle
+LARGEST = 80_000_000  # pixels: a small file may hold so many that they fill the memory
 COLOURED = 24  # of 255: how far the channels of a pixel may lie apart before it counts as coloured
 DOPPLER_SHARE = 0.05  # of coloured pixels: marks and logos stay below it
 PHOTO_SHARE = 0.5  # of coloured pixels: a colour box never fills a whole frame
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")
+FEW_LEVELS = 4  # of a mask: each is meant; more come from soft edges or from JPEG
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's names
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+SUFFIXES += (DCM := (".dcm", ".dicom"))
 
 
-def read_image(path, frame=None, content=None):
-    """Read an image as uint8 (H, W, 3) RGB, whether stored grey, RGB, RGBA or with a palette.
+class ImageWarning(UserWarning):
+    """An image was read, and something about it is in doubt."""
+
+
+def read_image(path, frame: int | None = None, content: bytes | None = None) -> np.ndarray:
+    """Read an image as uint8 (H, W, 3) RGB, upright, with square pixels, on black where it is transparent.
 
     Args:
-        path: PNG, JPEG or another file that Pillow knows, 8 bits a channel; or DICOM, whose window (VOI LUT)
-            is applied.
-        frame: which frame of a DICOM with several, from 0.
+        path: PNG, JPEG, BMP, TIFF, GIF, WebP, PGM or PPM, 8 bits a channel; or DICOM, see `helpers.dicom`.
+        frame: which page or frame of a file with several, from 0.
         content: bytes of the file, where they are at hand; `path` is then only its name.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no image, cut off, or deeper than 8 bits; a DICOM without pixel data, with several frames
-            and none chosen, or compressed in a way that nothing here reads.
+        ValueError: no image, cut off, deeper than 8 bits, or of several frames and none chosen; or a DICOM
+            that is not ultrasound, or whose pixels can't be read.
     """
+    with _opened(path, content) as file:
+        if _is_dicom(path, file):
+            from helpers import dicom
+
+            return dicom.read(path, file, frame)
+        return _rgb(open_image(path, frame, file))
+
+
+def read_noting(path, frame=None, content=None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return `read_image`'s image, and what it warned of."""
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always", ImageWarning)
+        image = read_image(path, frame, content)
+    return image, tuple(str(note.message) for note in noted if note.category is ImageWarning)
+
+
+def frame_numbers(path, frame=None, content=None) -> list[int | None]:
+    """Return which frames of a file `frame` chooses: a number, or "all"; [None] where the file has but one.
+
+    What can't be opened has [None] too: `read_image` says why.
+    """
+    if frame is None:
+        return [None]
+    with contextlib.suppress(Exception), _opened(path, content) as file:
+        if _is_dicom(path, file):
+            from helpers import dicom
+
+            count = dicom.count_frames(path, dicom.parse(path, file))
+        else:
+            count = getattr(Image.open(file, formats=FORMATS), "n_frames", 1)
+        if count > 1:
+            return list(range(count)) if frame == "all" else [frame]
+    return [None]
+
+
+def check_frame(path, frame, count) -> int:
+    """Return the frame to read of a file with `count`; ValueError where none or a wrong one is chosen."""
+    if count > 1 and frame is None:
+        raise ValueError(
+            f"{path} holds {count} frames; choose one of 0 to {count - 1}: frame=2 in Python, --frame 2 (or "
+            "--frame all) on the command line, NB_FRAME=2 for notebook 07"
+        )
+    if frame is not None and not 0 <= frame < count:
+        raise ValueError(f"{path} has no frame {frame}; it holds {count}, counted from 0")
+    return frame or 0
+
+
+@contextlib.contextmanager
+def _opened(path, content=None):
     if content is None and not Path(path).is_file():
         raise FileNotFoundError(f"no image file {path}; correct the path, or fetch the data set again")
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
-        named = str(path).lower().endswith((".dcm", ".dicom"))
-        dicom = named or file.read(132)[128:] == b"DICM"
+        yield file
+
+
+def _is_dicom(path, file):
+    """Judge by content: a DICOM's mark, its first tag where the mark is missing, or what else it could be."""
+    head = file.read(132)
+    file.seek(0)
+    if head[128:] == b"DICM" or re.match(rb"[\x02\x08]\0.\0", head, re.DOTALL):
+        return True
+    return str(path).lower().endswith(DCM) and not _is_picture(file)
+
+
+def _is_picture(file):
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            Image.open(file, formats=FORMATS)
+    except Exception:  # a decoder raises anything
+        return False
+    finally:
         file.seek(0)
-        if dicom:
-            return _read_dicom(path, frame, file)
-        return np.array(open_image(path, file=file).convert("RGB"))
+    return True
 
 
-def _read_dicom(path, frame, file):
-    import pydicom
-    from pydicom import pixels
+def is_image(path) -> bool:
+    """Return whether a file is one to read: by its suffix, else by its content; a DICOMDIR is none."""
+    if Path(path).name == "DICOMDIR":
+        return False
+    if str(path).lower().endswith(SUFFIXES):
+        return True
+    with contextlib.suppress(OSError), _opened(path) as file:
+        return _is_dicom(path, file) or _is_picture(file)
+    return False
 
-    try:
-        dataset = pydicom.dcmread(file)
-    except (pydicom.errors.InvalidDicomError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole DICOM file ({error}); export it again") from error
-    if "PixelData" not in dataset:
-        raise ValueError(
-            f"{path} is a DICOM without pixel data (modality {dataset.get('Modality', 'not stated')}); "
-            "export the image object, not the report"
-        )
-    frames = int(dataset.get("NumberOfFrames", None) or 1)
-    if frames > 1 and frame is None:
-        raise ValueError(f"{path} holds {frames} frames; choose one of 0 to {frames - 1} with frame=...")
-    if frame is not None and not 0 <= frame < frames:
-        raise ValueError(f"{path} has no frame {frame}; it holds {frames}, counted from 0")
-    try:
-        values = pixels.pixel_array(dataset, index=frame or 0)  # YBR becomes RGB
-        if dataset.PhotometricInterpretation.startswith("MONOCHROME"):
-            values = pixels.apply_voi_lut(pixels.apply_modality_lut(values, dataset), dataset)
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the pixels of {path} can't be decoded ({first_line(error)}); export it uncompressed"
-        ) from error
-    if values.dtype != np.uint8:
-        values = values.astype(np.float32)
-        low, high = values.min(), values.max()
-        values = ((values - low) / max(high - low, 1e-8) * 255).round().astype(np.uint8)
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        values = 255 - values
-    return values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
+
+def walk(folder, leave_out=()) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders in order, without dot files (macOS's `._*` too).
+
+    A link is followed where it leads out of the folder: what lies inside is found without it, and a loop
+    ends. `leave_out` are folders inside that are passed over, such as one's own output.
+    """
+    top = os.path.realpath(folder)
+    seen = {top, *map(os.path.realpath, leave_out)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if name[0] != "." and _once(place, name, top, seen)]
+        for name in sorted(names):
+            path = Path(place, name)
+            inside = path.is_symlink() and os.path.realpath(path).startswith(top + os.sep)
+            if name[0] != "." and not inside:
+                yield path
+
+
+def _once(place, name, top, seen):
+    path = os.path.join(place, name)
+    real = os.path.realpath(path)
+    if real in seen or os.path.islink(path) and (real + os.sep).startswith(top + os.sep):
+        return False
+    seen.add(real)
+    return True
 
 
 def check(image):
     """Return the warnings about a frame, uint8 (H, W, 3) RGB: a tuple of str, empty for an ordinary one.
 
     Raises:
-        ValueError: it can't be a B-mode frame at all: too small, of one brightness, a photograph.
+        ValueError: it can't be a B-mode frame at all: too small, of one or two grey levels, a photograph.
     """
     height, width = image.shape[:2]
     if min(height, width) < SMALLEST:
@@ -87,8 +165,13 @@ def check(image):
             f"an image of {width} x {height} pixels is too small to show a lesion; {SMALLEST} pixels "
             "a side are needed"
         )
-    if image.min() == image.max():
-        raise ValueError(f"every pixel of the image is {image.flat[0]}; it shows nothing")
+    levels = np.flatnonzero(np.bincount(image.ravel(), minlength=256))
+    if len(levels) == 1:
+        raise ValueError(f"every pixel of the image is {levels[0]}; it shows nothing")
+    if len(levels) == 2:
+        raise ValueError(
+            f"the image has two levels alone, {levels[0]} and {levels[1]}, as a mask has; give the frame"
+        )
     small = cv2.resize(image, (256, 256), interpolation=cv2.INTER_AREA).astype(np.int16)
     coloured = float((np.ptp(small, axis=2) > COLOURED).mean())
     if coloured > PHOTO_SHARE:
@@ -108,47 +191,114 @@ def read_mask(paths, shape):
     """Join the mask files of one image.
 
     Args:
-        paths: mask files; 1-bit, grey, RGB or RGBA. A pixel counts where it is brighter than half of the
-            file's brightest, so that 0/1 files read like 0/255 ones.
+        paths: mask files, grey or coloured, on black; or with the lesion in the alpha channel alone. Where a
+            file holds at most `FEW_LEVELS` levels, each above 0 is lesion (0/1, 0/255, 0/1/2, 0/127/255). Of
+            more levels, which soft edges and JPEG make, those above half of the brightest are.
         shape: (H, W) of the image, or its (H, W, 3) shape.
 
     Returns:
         bool (H, W), True where any file marks a lesion; all False for a normal image.
 
     Raises:
-        ValueError: a mask is cut off, or of another size than the image.
+        ValueError: a mask is cut off, of another size than the image, or what it marks can't be told.
     """
     joined = np.zeros(shape[:2], dtype=bool)
     for path in paths:
-        values = np.asarray(open_image(path).convert("L"))
-        if values.shape != joined.shape:
+        image = open_image(path)
+        if (size := image.size[::-1]) != joined.shape:
             raise ValueError(
-                f"mask {path} is {values.shape[1]} x {values.shape[0]} pixels, its image "
-                f"{joined.shape[1]} x {joined.shape[0]}; fetch the pair again, never resize a mask "
-                "to fit"
+                f"mask {path} is {size[1]} x {size[0]} pixels, its image {joined.shape[1]} x "
+                f"{joined.shape[0]}; fetch the pair again, never resize a mask to fit"
             )
-        joined |= values > values.max() / 2
+        marked = _marked(path, _rgb(image).max(axis=2), image.format)
+        if image.has_transparency_data:
+            alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+            if np.ptp(alpha):
+                in_alpha = _marked(path, alpha, image.format)
+                if marked.any() and (marked != in_alpha).any():
+                    raise _ambiguous(path, "marks one thing in its colours and another in its alpha channel")
+                marked = in_alpha
+        joined |= marked
     return joined
 
 
-def open_image(path, pixels=True, file=None):
-    """Open an image, or its open `file`; with `pixels=False` only its header is read."""
-    try:
-        with Image.open(file or path) as image:
-            # Pillow would keep the high byte of 16-bit colours, and say nothing.
-            deep = any("16" in str(tile[3]) for tile in image.tile)
-            if pixels:
-                image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image file {path}; fetch the data set again") from None
-    except (OSError, SyntaxError) as error:  # Pillow's errors for a foreign or a cut-off file
-        raise ValueError(f"{path} is not a whole image ({first_line(error)}); fetch it again") from error
-    if deep or image.mode.startswith("I") or image.mode == "F":
+def _marked(path, values, stored):
+    """Return which of the values (H, W) of a mask mark a lesion."""
+    levels = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+    if levels[0] > 0 and len(levels) > 1:
+        raise _ambiguous(path, f"has no background: its least level is {levels[0]}")
+    if len(levels) <= FEW_LEVELS and stored not in ("JPEG", "MPO"):
+        return values > 0
+    top = int(levels[-1])
+    between = ((values > top / 4) & (values <= 3 * top / 4)).astype(np.uint8)
+    if cv2.erode(between, np.ones((3, 3), np.uint8)).any():  # a soft edge is thinner
+        raise _ambiguous(path, f"has areas of middle grey, such as {int(np.median(values[between > 0]))}")
+    return values > top / 2
+
+
+def _ambiguous(path, what):
+    return ValueError(
+        f"mask {path} {what}; which pixels are lesion can't be told. Save it with 0 for the background and "
+        "255 for the lesion"
+    )
+
+
+def open_image(path, frame=None, file=None) -> Image.Image:
+    """Open an image, or its open `file`, with Pillow: loaded, upright, 8 bits; raises as `read_image`."""
+    with _opened(path) if file is None else contextlib.nullcontext(file) as source:
+        with _told(path):
+            image = Image.open(source, formats=FORMATS)
+            count = getattr(image, "n_frames", 1)
+        if image.width * image.height > LARGEST:
+            raise ValueError(
+                f"{path} is {image.width} x {image.height} pixels, too many for a frame; cut the frame out"
+            )
+        frame = check_frame(path, frame, count)
+        with _told(path):
+            if frame:
+                image.seek(frame)
+            deep = _is_deep(image)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)  # of TIFF, Pillow has done it by now
+    if deep:
         raise ValueError(
             f"{path} has more than 8 bits a channel (mode {image.mode}); scale it to 0..255 and save "
             "it as 8-bit, so that its brightness is your choice"
         )
     return image
+
+
+def _is_deep(image):
+    """Whether a channel has more than 8 bits, or signed values: Pillow would cut it to 8, and say nothing."""
+    decoder = image.tile[0].args if image.tile else ""
+    if image.format == "TIFF":  # by BitsPerSample and SampleFormat
+        return max(image.tag_v2.get(258, (1,))) > 8 or set(image.tag_v2.get(339, (1,))) != {1}
+    if image.format == "PPM" and not isinstance(decoder, str):
+        return decoder[1] > 255 or image.mode == "F"
+    return image.mode[0] in "IF" or image.format == "PNG" and "16" in str(decoder)  # such as "RGB;16B"
+
+
+def _rgb(image):
+    """Return a Pillow image as uint8 (H, W, 3), on black where it is transparent."""
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def _told(path):
+    """Turn what a decoder raises, which may be anything, into a ValueError with file and cause, quietly."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except UnidentifiedImageError as error:
+        forms = "cut off, or of a form that is not read; fetch it again, or save it as PNG"
+        raise ValueError(f"{path} is not a whole image: {forms}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large for a frame ({cause(error)}); cut the frame out") from error
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole image ({cause(error)}); fetch it again") from error
 
 
 def drop_specks(mask):
@@ -159,5 +309,7 @@ def drop_specks(mask):
     return large[labels]
 
 
-def first_line(error):
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def cause(error: Exception) -> str:
+    """Return an exception's message, or its kind where it has none: one line of at most 400 characters."""
+    text = str(error).encode("utf-8", "backslashreplace").decode()  # a file name in it may be no UTF-8
+    return " ".join(text.split())[:400] or type(error).__name__

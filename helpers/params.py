@@ -6,9 +6,7 @@ import os
 
 PREFIX = "NB_"
 
-# Set by Jupyter's container images and by Kubeflow, and no misspelling of ours.
-FOREIGN = {"USER", "UID", "GID", "GROUP", "UMASK", "PREFIX"}
-# Every setting of every notebook. Another NB_ variable is a misspelling.
+# Every setting of every notebook. Jupyter's images (Binder, Pangeo, Kubeflow) set NB_ variables of their own.
 SETTINGS = {
     "DATA": "which images: 'auto' (BUSI, else synthetic images), 'busi' or 'synthetic'",
     "SYNTHETIC_IMAGES": "images per class of the synthetic set",
@@ -28,6 +26,7 @@ SETTINGS = {
     "VGG_SIZE": "pixels: VGG-16 sees size x size",
     "PIPELINE": "folder of an automatic pipeline; empty means the one in the package",
     "IMAGE": "an image of your own: PNG, JPEG or DICOM",
+    "FRAME": "which frame of that image, where it has several, from 0",
     "FACTORS": "choices of each model that are varied one at a time; 0 means all",
     "SEEDS": "how many seeds each value is run with",
     "TRIALS": "settings that each search tries",
@@ -44,9 +43,11 @@ SETTINGS = {
 def param(name, default):
     """Return the setting `name`: `$NB_<name>` in the type of `default` (bool, int, float or str), else it.
 
+    A text that begins with "~" is a path in the home folder.
+
     Raises:
         KeyError: `name` is not in `SETTINGS`.
-        ValueError: an `NB_` variable is misspelt, or its text does not fit the type.
+        ValueError: an `NB_` variable is almost a setting's, or its text does not fit the type.
     """
     if name not in SETTINGS:
         raise KeyError(f"unknown setting {name!r}{_suggest(name)}; add it to helpers.params.SETTINGS")
@@ -54,10 +55,9 @@ def param(name, default):
         if not variable.startswith(PREFIX):
             continue
         setting = variable.removeprefix(PREFIX)
-        if setting not in SETTINGS and setting not in FOREIGN:
+        if setting not in SETTINGS and (meant := _suggest(setting, PREFIX)):
             raise ValueError(
-                f"the environment sets {variable}, which no notebook reads"
-                f"{_suggest(setting, PREFIX)}; unset it, or use one of "
+                f"the environment sets {variable}, which no notebook reads{meant}; unset it, or use one of "
                 + ", ".join(PREFIX + known for known in SETTINGS)
             )
     text = os.environ.get(PREFIX + name)
@@ -65,6 +65,8 @@ def param(name, default):
         return default
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     try:
+        if isinstance(default, str):
+            return os.path.expanduser(text)
         return words[text.lower()] if isinstance(default, bool) else type(default)(text)
     except (KeyError, ValueError):
         raise ValueError(
@@ -74,7 +76,7 @@ def param(name, default):
 
 
 def _suggest(name, prefix=""):
-    close = difflib.get_close_matches(name, SETTINGS, n=1)
+    close = difflib.get_close_matches(name.upper(), SETTINGS, n=1, cutoff=0.75)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 

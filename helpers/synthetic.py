@@ -77,7 +77,7 @@ def _is_finished(root, marker):
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     path = root / MARKER
-    found = path.read_text() if path.is_file() else "no synthetic set"
+    found = path.read_text("utf-8") if path.is_file() else "no synthetic set"
     if found == json.dumps(marker):
         return True
     raise FileExistsError(
@@ -93,7 +93,7 @@ def _build(folder, marker):
         for number in range(1, marker["images_per_class"] + 1):
             rows.append(_write_image(target, label, number, marker["seed"]))
     pd.DataFrame(rows).to_csv(folder / "busi_groups.csv", index=False)
-    (folder / MARKER).write_text(json.dumps(marker))
+    (folder / MARKER).write_text(json.dumps(marker), "utf-8")
 
 
 def _write_image(folder, label, number, seed):

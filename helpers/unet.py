@@ -27,11 +27,12 @@ from helpers.quiet import quiet_stderr
 
 # TensorFlow brings an LLVM of its own, with which triton's, that torch may want later, crashes. So triton
 # comes first and binds to its own symbols, in whichever order torch and TensorFlow come.
-_flags = sys.getdlopenflags()
-sys.setdlopenflags(os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0))
-with contextlib.suppress(ImportError):  # no triton on this system, so no clash
-    import triton  # noqa: F401
-sys.setdlopenflags(_flags)
+if hasattr(sys, "setdlopenflags"):  # Windows has none, and no triton
+    _flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | getattr(os, "RTLD_DEEPBIND", 0))
+    with contextlib.suppress(ImportError):  # no triton on this system, so no clash
+        import triton  # noqa: F401
+    sys.setdlopenflags(_flags)
 torch.cuda.is_available()  # torch must ask the driver first: after TensorFlow it warns that it can't
 with quiet_stderr():
     import keras

@@ -18,7 +18,7 @@ from torchvision.models import VGG, VGG16_Weights, vgg16
 from torchvision.models.vgg import cfgs, make_layers
 
 from helpers import augment, cache, data, training
-from helpers.devices import multiplies_bfloat16
+from helpers.devices import default_device, multiplies_bfloat16
 from helpers.params import limited
 
 VERSION = 3  # raise it with every change that gives other numbers: older runs are then not resumed
@@ -156,7 +156,7 @@ def fit(
     settings = Config(**config)
     data.check_apart(train, val)
     data.check_classes(train)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     native = settings.precision == "auto" and multiplies_bfloat16(device)
     mixed = native or settings.precision == "bfloat16"
     of_data: list = [data.signature(rows) for rows in (train, val)]
@@ -312,5 +312,5 @@ def load(path: str | Path) -> VGG:
             f"{next(iter(shapes.items()), 'none')}; helpers.vgg.save writes such files"
         )
     network.load_state_dict(state, assign=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     return network.to(device, memory_format=torch.channels_last).eval()

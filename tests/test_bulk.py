@@ -312,7 +312,7 @@ def test_a_dicom_in_parquet(alone, tmp_path):
     from pydicom import examples
 
     memory = io.BytesIO()
-    examples.ct.save_as(memory)
+    examples.rgb_color.save_as(memory)
     table(tmp_path / "in.parquet", [0], image=[memory.getvalue()])
     summary = bulk.run(tmp_path / "in.parquet", tmp_path / "out", Bright, quiet=True)
     assert summary.errors == []

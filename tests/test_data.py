@@ -419,17 +419,157 @@ def test_speck_limit_is_twenty_pixels():
     assert np.flatnonzero(images.drop_specks(mask).any(axis=1)).tolist() == [2, 3, 4, 5]
 
 
-def test_a_dim_mask_pixel_is_no_lesion(tmp_path):
+@pytest.mark.parametrize("levels", [(1, 2), (127, 255), (255, 100)])
+def test_each_of_few_levels_of_a_mask_is_lesion(levels, tmp_path):
     values = np.zeros((30, 40), dtype=np.uint8)
-    values[5:9, 10:20], values[9, 10:20] = 255, 100
+    values[5:9, 10:20], values[9, 10:20] = levels
     Image.fromarray(values).save(tmp_path / "mask.png")
-    assert data.read_mask([tmp_path / "mask.png"], (30, 40)).sum() == 40
+    assert data.read_mask([tmp_path / "mask.png"], (30, 40)).sum() == 50
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_soft_edges_of_a_mask_are_cut_at_half(suffix, tmp_path):
+    values = np.zeros((60, 80), dtype=np.uint8)
+    values[20:40, 20:60] = 255
+    soft = values if suffix == "jpg" else cv2.GaussianBlur(values, (5, 5), 0)
+    Image.fromarray(soft).save(tmp_path / f"mask.{suffix}")
+    mask = data.read_mask([tmp_path / f"mask.{suffix}"], (60, 80))
+    assert (mask != (values > 0)).sum() <= 8  # the corners
+
+
+@pytest.mark.parametrize("colour", ["white", "black", "red"])
+def test_a_lesion_in_the_alpha_channel_alone(colour, tmp_path):
+    truth = np.zeros((30, 40), dtype=np.uint8)
+    truth[5:9, 10:20] = 255
+    image = Image.new("RGB", (40, 30), colour)
+    image.putalpha(Image.fromarray(truth))
+    image.save(tmp_path / "mask.png")
+    assert np.array_equal(data.read_mask([tmp_path / "mask.png"], (30, 40)), truth > 0)
+
+
+def test_a_mask_that_leaves_open_what_it_marks_is_refused(tmp_path):
+    path, values = tmp_path / "mask.png", np.zeros((60, 80), dtype=np.uint8)
+    values[5:9, 10:20] = 1
+    Image.fromarray(values + 1).save(path)
+    with pytest.raises(ValueError, match="mask.png has no background: its least level is 1"):
+        data.read_mask([path], (60, 80))
+    values[:] = np.linspace(0, 255, 80)
+    Image.fromarray(values).save(path)
+    with pytest.raises(ValueError, match="mask.png has areas of middle grey, such as 12.;"):
+        data.read_mask([path], (60, 80))
+    values[:] = 0
+    values[5:9, 10:20] = 255
+    image = Image.fromarray(values)
+    image.putalpha(Image.fromarray(np.roll(values, 3, axis=0) | values))
+    image.save(path)
+    with pytest.raises(ValueError, match="marks one thing in its colours and another in its alpha"):
+        data.read_mask([path], (60, 80))
+
+
+def test_a_turned_image_and_its_mask_are_read_upright(tmp_path):
+    """Orientation 6: what was stored must be turned clockwise by 90 degrees."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    truth = np.zeros((30, 40), dtype=np.uint8)
+    truth[5:15, 10:20] = 255
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, values in (("image", pixels), ("mask", truth)):
+        Image.fromarray(np.rot90(values)).save(tmp_path / f"{name}.png", exif=turned)
+    row = pd.Series({"image_path": tmp_path / "image.png", "mask_paths": (tmp_path / "mask.png",)})
+    assert np.array_equal(data.read_image(row.image_path), pixels)
+    assert data.image_shape(row) == (30, 40)
+    assert np.array_equal(data.read_truth(row), truth > 0)
 
 
 def test_mask_of_another_size(tmp_path):
     Image.new("L", (40, 30)).save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match="is 40 x 30 pixels, its image 41 x 30"):
         data.read_mask([tmp_path / "mask.png"], (30, 41))
+
+
+# BUSI folders as people have them
+
+
+def test_a_folder_in_a_folder_of_its_name(synthetic_copy):
+    inner = synthetic_copy / data.DATASET_FOLDER
+    (synthetic_copy / "more").mkdir()
+    inner.rename(synthetic_copy / "more" / data.DATASET_FOLDER)
+    assert data.find_busi(synthetic_copy) == synthetic_copy / "more" / data.DATASET_FOLDER
+    shutil.copytree(synthetic_copy / "more", synthetic_copy / "again")
+    with pytest.raises(ValueError, match="holds BUSI more than once: name one of .*again.*more"):
+        data.find_busi(synthetic_copy)
+
+
+def test_a_missing_class_folder_is_named(synthetic_copy):
+    shutil.rmtree(synthetic_copy / data.DATASET_FOLDER / "normal")
+    with pytest.raises(FileNotFoundError, match="no folder normal in .*GT.*found .'benign', 'malignant'"):
+        data.find_busi(synthetic_copy)
+
+
+@pytest.mark.parametrize("layout", ["upper case", "jpg", "images and masks", "plain masks"])
+def test_other_layouts_give_the_same_index(layout, synthetic_copy):
+    expected = data.load_index(synthetic_copy)
+    for folder in list((synthetic_copy / data.DATASET_FOLDER).iterdir()):
+        for path in list(folder.iterdir()):
+            is_mask = "_mask" in path.stem
+            if layout == "upper case":
+                path.rename(path.with_suffix(".PNG"))
+            elif layout == "jpg":
+                Image.open(path).convert("L").save(path.with_suffix(".jpg"), quality=95)
+                path.unlink()
+            elif layout == "images and masks" or is_mask:
+                name = path.name if layout == "images and masks" else path.name.replace("_mask", "")
+                place = folder / ("masks" if is_mask else "images")
+                place.mkdir(exist_ok=True)
+                if not (place / name).exists():
+                    path.rename(place / name)
+        if layout == "upper case":
+            folder.rename(folder.with_name(folder.name.upper()))
+    if layout == "plain masks":  # which have room for one mask an image
+        several = expected[expected.mask_paths.map(len) > 1]
+        with pytest.raises((FileNotFoundError, ValueError), match="mask files"):
+            data.load_index(synthetic_copy)
+        assert len(several)
+        return
+    found = data.load_index(synthetic_copy)
+    assert found.drop(columns=["image_path", "mask_paths"]).equals(
+        expected.drop(columns=["image_path", "mask_paths"])
+    )
+    assert (found.mask_paths.map(len) == expected.mask_paths.map(len)).all()
+    row = data.lesions(found).iloc[0]
+    assert data.read_truth(row).any()
+    assert data.read_truth(row).shape == data.read_image(row.image_path).shape[:2]
+
+
+def test_an_image_in_two_forms_is_refused(synthetic_copy):
+    path = synthetic_copy / data.DATASET_FOLDER / "benign" / "benign (1).png"
+    Image.open(path).convert("L").save(path.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match=r"benign \(1\).jpg and .*benign \(1\).png are the same image"):
+        data.load_index(synthetic_copy)
+
+
+def test_companions_of_macos_are_passed_over(synthetic_copy):
+    expected = data.load_index(synthetic_copy)
+    for path in list((synthetic_copy / data.DATASET_FOLDER).rglob("*.png")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+    assert data.load_index(synthetic_copy).equals(expected)
+
+
+def test_half_a_kagglehub_cache_says_what_to_delete(synthetic_copy, tmp_path, monkeypatch):
+    import kagglehub
+
+    folder = tmp_path / "busi-dataset" / "versions" / "1"
+    folder.parent.mkdir(parents=True)
+    synthetic_copy.rename(folder)
+    monkeypatch.delenv("BUSI_DIR", raising=False)
+    monkeypatch.setattr(kagglehub, "dataset_download", lambda handle: folder)
+    remedy = r"delete '.*versions/1' and '.*versions/1.complete', then kagglehub fetches"
+    (folder / data.DATASET_FOLDER / "benign" / "benign (3).png").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"lacks 1 of 24 images, benign \(3\); {remedy}"):
+        data.load_index()
+    shutil.rmtree(folder / data.DATASET_FOLDER / "malignant")
+    with pytest.raises(FileNotFoundError, match=rf"no folder malignant in .*{remedy}"):
+        data.find_busi()
 
 
 # BUS-BRA

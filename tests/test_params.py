@@ -46,7 +46,24 @@ def test_misspelt_override_names_the_right_one(monkeypatch):
 def test_what_container_images_set_is_no_misspelling(monkeypatch):
     monkeypatch.setenv("NB_USER", "jovyan")
     monkeypatch.setenv("NB_PREFIX", "/notebook")
+    monkeypatch.setenv("NB_PYTHON_PREFIX", "/srv/conda/envs/notebook")  # Binder and Pangeo
+    monkeypatch.setenv("NB_ENVIRONMENT_FILE", "environment.yml")
+    monkeypatch.setenv("NB_DIR", "/home/jovyan")
     assert param("SEED", 5) == 5
+
+
+@pytest.mark.parametrize("name", ["LIMITT", "EPOCH", "SEEDs", "CHEKPOINT", "UNET_EPOCS", "limit"])
+def test_near_misses_are_told(monkeypatch, name):
+    monkeypatch.setenv(f"NB_{name}", "3")
+    with pytest.raises(ValueError, match=f"NB_{name}, which no notebook reads .did you mean NB_"):
+        param("SEED", 0)
+
+
+def test_a_path_may_begin_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RESULTS", "IMAGE", "CHECKPOINT", "PIPELINE"):
+        monkeypatch.setenv(f"NB_{name}", "~/mine")
+        assert param(name, "") == str(tmp_path / "mine")
 
 
 def test_unknown_setting():

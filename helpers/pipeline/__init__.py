@@ -177,9 +177,9 @@ def load(folder: str | Path | None = None, device=None, precision: str = "auto")
         FileNotFoundError: the folder lacks a file.
         ValueError: a file is cut off, or of another version.
     """
-    folder = Path(folder or WEIGHTS)
+    folder = Path(folder or WEIGHTS).expanduser()
     try:
-        settings = json.loads((folder / SETTINGS).read_text())
+        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{str(folder)!r} holds no {SETTINGS}; give a folder that Pipeline.save wrote, or none"

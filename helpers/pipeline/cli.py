@@ -1,7 +1,10 @@
 """The pipeline on files: `python -m helpers.pipeline IMAGES... --out FOLDER`."""
 
 import argparse
+import collections
+import contextlib
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -12,65 +15,117 @@ from tqdm import tqdm
 
 from helpers import cache, data, images, pipeline
 
-COLUMNS = ("file", "answer", *data.LABELS, "prediction_set", "lesions", "area_share")
+COLUMNS = ("file", "frame", "mask", "answer", *data.LABELS, "prediction_set", "lesions", "area_share")
 COLUMNS += ("confidence", "boxes", "warnings", "error")
+FOLDERS = ("masks", "overlays")
 YELLOW = (255, 200, 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Segment and classify images; exit with 1 where a file could not be read."""
+    """Segment and classify images; exit with 1 where a file could not be read, 2 where nothing was done."""
     parser = argparse.ArgumentParser(prog="python -m helpers.pipeline", description=main.__doc__)
-    parser.add_argument("images", nargs="+", type=Path, help="images, or folders of them")
+    parser.add_argument("images", nargs="+", type=Path, help="images, or folders with subfolders")
     parser.add_argument("--out", required=True, type=Path, help="folder for masks, overlays, CSV")
     parser.add_argument("--weights", help="folder of a pipeline; by default the package's own")
-    parser.add_argument("--frame", type=int, help="which frame of DICOMs with several, from 0")
+    parser.add_argument("--frame", type=frame_choice, help="of files with several: a number from 0, or 'all'")
     options = parser.parse_args(arguments)
-    files = []
-    for path in options.images:
-        if path.is_dir():
-            files += [file for file in sorted(path.iterdir()) if file.suffix.lower() in images.SUFFIXES]
-        else:
-            files.append(path)
-    return run_folder(pipeline.load(options.weights), files, options.out, options.frame)
+    out = options.out.expanduser()
+    try:
+        files = find(options.images, out)
+        with cache.atomic(out / ".writable") as scratch:  # better known now than after an hour
+            scratch.touch()
+        (out / ".writable").unlink()
+        return run_folder(pipeline.load(options.weights), files, out, options.frame)
+    except (OSError, ValueError) as error:
+        say(f"error: {images.cause(error)}", sys.stderr)
+        return 2
 
 
-def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int | None = None) -> int:
+def frame_choice(text: str) -> int | str:
+    """Return what `--frame` says: "all", or a number of 0 or more."""
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 nor 'all'")
+    return text if text == "all" else int(text)
+
+
+def find(paths: list[Path], out: Path) -> list[Path]:
+    """Return the files that `paths` name, and the images in the folders among them, but for those in `out`.
+
+    What is passed over is counted in print. FileNotFoundError where there is no image.
+    """
+    files: dict[str, Path] = {}  # by absolute path: each is done once
+    others: collections.Counter = collections.Counter()
+    for path in paths:
+        own = (out, *(out / name for name in FOLDERS))
+        for file in images.walk(path, own) if path.is_dir() else [path]:
+            if file is path or images.is_image(file):
+                files.setdefault(os.path.abspath(file), file)
+            else:
+                others[file.suffix.lower() or "no suffix"] += 1
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        say(f"passed over, for they are no images: {kinds}")
+    if not files:
+        named = ", ".join(map(str, paths))
+        raise FileNotFoundError(f"no image in {named}; give {', '.join(images.SUFFIXES)}")
+    return list(files.values())
+
+
+def say(text: str, file=None) -> None:
+    """Print a text, whatever file names are in it: what the terminal can't show is escaped."""
+    coding = (file or sys.stdout).encoding or "utf-8"
+    print(text.encode(coding, "backslashreplace").decode(coding), file=file)
+
+
+def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int | str | None = None) -> int:
     """Segment files one at a time; write masks, overlays and `findings.csv` into the folder `out`.
 
-    A file that can't be read gets a line with its error, and is named at the end; `frame` is as for
-    `helpers.images.read_image`. Returns 1 where a file failed, else 0.
+    The three replace those of an earlier run together, at the end. Each frame that `frame` chooses (see
+    `helpers.images.frame_numbers`) gets a line. A file that can't be read gets one with its error, and is
+    named at the end. Returns 1 where a file failed, else 0.
     """
     failed: list[str] = []
     used: set[str] = set()
-    if not files:
-        raise FileNotFoundError(f"no file ends in {', '.join(images.SUFFIXES)}")
-    table = out / "findings.csv"
-    with cache.atomic(table) as growing, growing.open("w", newline="") as file:
+    done, table = 0, out / "findings.csv"
+    with contextlib.ExitStack() as stack:
+        growing = stack.enter_context(cache.atomic(table))  # the first to be entered takes its place last
+        folders = {name: stack.enter_context(cache.atomic(out / name)) for name in FOLDERS}
+        for folder in folders.values():
+            folder.mkdir()
+        # A name that is no UTF-8 has its own bytes in the table.
+        file = stack.enter_context(growing.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
         lines = csv.DictWriter(file, COLUMNS)
         lines.writeheader()
         for path in tqdm(files, unit="image", file=sys.stdout):
-            line = {"file": str(path)}
-            try:
-                image = images.read_image(path, frame)
-                finding = pipe.segment(image)
-                name, number = f"{path.stem}.png", 1
-                while name in used:
-                    number += 1
-                    name = f"{path.stem}-{number}.png"
-                used.add(name)
-                drawn = {"masks": np.uint8(finding.mask) * 255, "overlays": overlay(image, finding)}
-                for folder, pixels in drawn.items():
-                    with cache.atomic(out / folder / name) as scratch:
-                        Image.fromarray(pixels).save(scratch)
-                line |= pipeline.summary(finding)
-            except (OSError, ValueError) as error:
-                failed.append(f"{path}: {error}")
-                line["error"] = str(error)
-            lines.writerow(line)
-    print(f"{len(files) - len(failed)} of {len(files)} images done, {table}")
+            for number in images.frame_numbers(path, frame):
+                line = {"file": str(path), "frame": number}
+                try:
+                    image, notes = images.read_noting(path, number)
+                    finding = pipe.segment(image)
+                    name = free_name(path.stem if number is None else f"{path.stem}-frame-{number}", used)
+                    Image.fromarray(np.uint8(finding.mask) * 255).save(folders["masks"] / name)
+                    Image.fromarray(overlay(image, finding)).save(folders["overlays"] / name)
+                    line |= pipeline.summary(finding) | {"mask": f"masks/{name}"}
+                    line["warnings"] = "; ".join(filter(None, (*notes, line["warnings"])))
+                    done += 1
+                except Exception as error:  # one file of many may break anything
+                    line["error"] = images.cause(error)
+                    failed.append(f"{path}: {line['error']}")
+                lines.writerow(line)
+    say(f"{done} of {done + len(failed)} images done, {table}")
     if failed:
-        print("\n".join([f"{len(failed)} could not be done:", *failed]))
+        say("\n".join([f"{len(failed)} could not be done:", *failed]))
     return int(bool(failed))
+
+
+def free_name(stem: str, used: set[str]) -> str:
+    """Return `stem`.png, or with the next number behind it where that was used, in whatever case."""
+    name, number = f"{stem}.png", 1
+    while name.casefold() in used:
+        number += 1
+        name = f"{stem}-{number}.png"
+    used.add(name.casefold())
+    return name
 
 
 def overlay(image: np.ndarray, finding) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import augment, cache, data, synthetic, training
+from helpers.devices import default_device
 from helpers.params import limited
 from helpers.sam import embeddings
 
@@ -275,7 +276,7 @@ def _pretrain(channels, folder, bfloat16, config):
 
 
 def _train(channels, train_set, config, origin, folder, bfloat16):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         detector = LesionDetector(channels, config.size, config.depth, config.dropout)
@@ -385,4 +386,4 @@ def load(path) -> LesionDetector:
     except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no LesionDetector: {error}") from error
     detector = detector.to(memory_format=torch.channels_last)
-    return detector.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return detector.to(default_device()).eval()

@@ -6,7 +6,15 @@ MedSAM and LiteMedSAM very probably contain BUSI, so their rows say "released we
 """
 
 from helpers.sam.preprocess import PREPROCESSING, Preprocessing, enlarge, preprocess, scale_box
-from helpers.sam.segmenter import Embedding, Segmenter, check_image, default_checkpoint, fit_in_process, load
+from helpers.sam.segmenter import (
+    Embedding,
+    Segmenter,
+    check_image,
+    default_checkpoint,
+    fit_in_process,
+    launch,
+    load,
+)
 
 __all__ = [
     "PREPROCESSING",
@@ -17,6 +25,7 @@ __all__ = [
     "default_checkpoint",
     "enlarge",
     "fit_in_process",
+    "launch",
     "load",
     "preprocess",
     "scale_box",

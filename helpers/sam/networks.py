@@ -210,7 +210,7 @@ def from_folder(folder):
     from safetensors.torch import load_file
 
     try:
-        settings = json.loads((folder / MARKER).read_text())
+        settings = json.loads((folder / MARKER).read_text("utf-8"))
         about = (Preprocessing(**settings["preprocessing"]), settings["checkpoint"], settings["title"])
         encoder, config = settings["network"], settings["config"]
         if encoder not in ("TinyViTEncoder", "SamVisionEncoder"):
@@ -238,9 +238,10 @@ def pretrained(source):
         )
     try:
         with _quiet_transformers():
-            options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, found = SamModel.from_pretrained(source, **options)
             family = SamConfig.get_config_dict(source)[0].get("model_type", "sam")
+            if family == "sam":
+                options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+                model, found = SamModel.from_pretrained(source, dtype=torch.float32, **options)
     except SafetensorError as error:
         raise ValueError(f"checkpoint {source!r} is cut off or altered ({error}); fetch it again") from error
     except OSError as error:

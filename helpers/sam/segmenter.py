@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from helpers import cache
-from helpers.devices import memory_advice, multiplies_bfloat16
+from helpers.devices import default_device, memory_advice, multiplies_bfloat16
 from helpers.sam import networks
 from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
 
@@ -58,10 +58,11 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
     for name, value in (("precision", precision), ("family", family)):
         if value not in OPTIONS[name]:
             raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, OPTIONS[name]))}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     if precision == "auto":
         precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
-    name, path, title = str(checkpoint), Path(checkpoint), None
+    path, title = Path(checkpoint).expanduser(), None
+    name = str(path) if str(checkpoint).startswith("~") else str(checkpoint)
     if name in ("lite-medsam", "tiny"):
         model = networks.lite_medsam() if name == "lite-medsam" else networks.tiny()
         preprocessing = PREPROCESSING[name]
@@ -79,20 +80,37 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
             f"unknown checkpoint {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; use one of "
             f"{', '.join(PREPROCESSING)}, a Hub id 'owner/name', or a folder or .pth file that exists"
         )
+    if preprocessing.input_size != (size := model.config.vision_config.image_size):
+        raise ValueError(
+            f"the processor of checkpoint {name!r} makes images of {preprocessing.input_size} pixels a side, "
+            f"its network takes {size}; set the processor's size to that"
+        )
     if name in PREPROCESSING and name != "tiny":
         title = title or f"{preprocessing.title}, released weights"
     return Segmenter(model, preprocessing, name, device, title, precision)
 
 
 def fit_in_process(checkpoint, precision, train, val, folder="", config=None) -> None:
-    """Load and fit in one of several processes: for `accelerate.notebook_launcher`.
+    """Load and fit in one of several processes, which share each batch, or in this one.
 
-    The processes share each batch. Nothing is returned, for they end; call `Segmenter.fit` with the
-    same arguments afterwards, which reads the finished run.
+    Nothing is returned, for they end; call `Segmenter.fit` with the same arguments afterwards, which reads
+    the finished run.
     """
     from accelerate import PartialState
 
-    load(checkpoint, PartialState().device, precision).fit(train, val, folder, **(config or {}))
+    several = PartialState().num_processes > 1
+    device = PartialState().device if several else None
+    load(checkpoint, device, precision).fit(train, val, folder, **(config or {}))
+
+
+def launch(processes: int, *arguments) -> None:
+    """Call `fit_in_process` in so many processes, each with a GPU of its own; 1 is this very process."""
+    from accelerate import notebook_launcher
+
+    if processes == 1:  # no launcher: on a TPU's machine it would take all its cores
+        fit_in_process(*arguments)
+    else:
+        notebook_launcher(fit_in_process, arguments, num_processes=processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +255,7 @@ class Segmenter:
         with cache.atomic(folder) as new:
             new.mkdir()
             save_file(state, new / "model.safetensors")
-            (new / networks.MARKER).write_text(json.dumps(settings, indent=2) + "\n")
+            (new / networks.MARKER).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def check_image(image):

@@ -35,19 +35,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from helpers import cache, data, images, pipeline
+from helpers.pipeline import cli
 from helpers.scale import ray_cluster, shards
 
-VERSION = 2
+VERSION = 3
 SETTINGS = "run.json"
 TEXT = pa.string()
-SCORES = {"name": TEXT, "answer": TEXT} | dict.fromkeys(data.LABELS, pa.float64())
+SCORES = {"name": TEXT, "frame": pa.int32(), "answer": TEXT} | dict.fromkeys(data.LABELS, pa.float64())
 SCORES |= {"prediction_set": TEXT, "lesions": pa.int32(), "area_share": pa.float64()}
 SCORES |= dict.fromkeys(("confidence", "boxes", "warnings", "error"), TEXT)
-EMBEDDINGS = {"name": TEXT, "features": pa.binary()}
+EMBEDDINGS = {"name": TEXT, "frame": pa.int32(), "features": pa.binary()}
 EMBEDDINGS |= dict.fromkeys(("shape", "image_size", "resized"), pa.list_(pa.int32()))
 SCHEMAS = {
     "scores": pa.schema(SCORES | {"seconds": pa.float32()}),
-    "masks": pa.schema({"name": TEXT, "png": pa.binary()}),
+    "masks": pa.schema({"name": TEXT, "frame": pa.int32(), "png": pa.binary()}),
     "embeddings": pa.schema(EMBEDDINGS),
 }
 KEPT = ("masks", "embeddings")
@@ -84,6 +85,7 @@ def run(
     keep=KEPT,
     batch: int = 256,
     columns=("name", "image"),
+    frame: int | str | None = None,
     quiet: bool = False,
 ) -> Summary:
     """Send every image of a source through a pipeline, on all cores or on a cluster.
@@ -103,7 +105,9 @@ def run(
         keep: what to write beside the scores: of "masks" (1-bit PNG, all lesions together) and "embeddings"
             (float16 bytes with their shape, 2 MB an image from LiteMedSAM).
         batch: images in a shard, at most; but no row group of Parquet is cut.
-        columns: of Parquet: names, and encoded images or structs with such `bytes`.
+        columns: of Parquet: names, and encoded images or structs with such `bytes`. Without a column "name"
+            the structs' `path` is the name, or the rows are numbered.
+        frame: of files with several: a number, or "all", which gives each frame a row. None: an error each.
         quiet: show no progress.
 
     Raises:
@@ -122,7 +126,8 @@ def run(
         )
     system, root = place = shards.place(out)
     out = os.fspath(out) if "://" in os.fspath(out) else root  # absolute
-    plan, listing = shards.cut(*(there := shards.place(source)), columns, batch)
+    own = (root, *(f"{root}/{what}" for what in SCHEMAS))  # where it lies in the source
+    plan, listing = shards.cut(*(there := shards.place(source)), columns, batch, own)
     settings = {
         "version": VERSION,
         "source": f"{there[0].type_name} {there[1]}",
@@ -132,13 +137,14 @@ def run(
         "keep": sorted(keep),
         "batch": batch,
         "columns": list(columns),
+        "frame": frame,
     }
     _claim(system, root, settings)
     model = model if callable(model) or model is None else str(Path(model).absolute())
     done, spans = _listed(system, f"{root}/scores"), []
     todo = [shard for shard in plan if shard.file not in done]
     already = total - sum(shard.images for shard in todo)
-    job = there, place, model, tuple(keep), tuple(columns)
+    job = there, place, model, tuple(keep), tuple(columns), frame
     bar = {"unit": "image", "file": sys.stdout, "disable": quiet}
     with tqdm(total=total, initial=already, **bar) as progress:
         for shard, span in _results(todo, workers, *job):
@@ -148,7 +154,8 @@ def run(
         for path in Path(root).glob("*/.*-part-*"):  # what killed workers left half written
             path.unlink(missing_ok=True)
     scores = read(out)
-    found = scores.count_rows()
+    number = pa.dataset.field("frame")  # an image's first line has none, or the least
+    found = scores.count_rows(filter=number.is_null() | (number == (0 if frame in (None, "all") else frame)))
     if found != total:
         raise RuntimeError(
             f"{out} holds scores of {found} images, the source {total}; on a cluster every machine must "
@@ -264,6 +271,7 @@ class Worker:
     model: object
     keep: tuple
     columns: tuple
+    frame: int | str | None = None
     loaded: object = None
 
     def ready(self):
@@ -277,6 +285,15 @@ class Worker:
         if not self.loaded:
             self.loaded = self.model() if callable(self.model) else pipeline.load(self.model)
 
+    def frames(self, shard):
+        """Yield each image's name, the number of each wanted frame of it, and what reads its bytes."""
+        for name, content in shards.read(*self.source, shard, self.columns):
+            numbers = [None]
+            if self.frame is not None:
+                with contextlib.suppress(OSError):  # it is told when the image is read
+                    numbers = images.frame_numbers(name, self.frame, content() or b"")
+            yield from ((name, number, content) for number in numbers)
+
     def work(self, shard):
         """Write what comes out for a shard, the scores last; return when it began and ended, in seconds."""
         self.ready()
@@ -287,23 +304,24 @@ class Worker:
             for what in self.keep:
                 file = stack.enter_context(_whole(system, f"{root}/{what}/{shard.file}"))
                 append[what] = stack.enter_context(_table(file, what))
-            for name, content in shards.read(*self.source, shard, self.columns):
-                row, since = {"name": name}, time.perf_counter()
+            for name, number, content in self.frames(shard):
+                row, since = {"name": name, "frame": number}, time.perf_counter()
                 try:
                     if (found := content()) is None:
                         raise ValueError("the row holds no image")
-                    image = images.read_image(name, content=found)
+                    image, notes = images.read_noting(name, number, found)
                     embedding = model.segmenter.embed([image])[0]
                     finding = model.segment(image, embedding)
                     row |= pipeline.summary(finding)
+                    row["warnings"] = "; ".join(filter(None, (*notes, row["warnings"])))
                 except Exception as error:  # one image of millions may break anything
-                    row["error"] = f"{type(error).__name__}: {images.first_line(error)}"
+                    row["error"] = f"{type(error).__name__}: {images.cause(error)}"
                     if not isinstance(error, (OSError, ValueError)):
                         broken, example = broken + 1, example or row
                 else:
                     through += 1
                     for what in self.keep:
-                        append[what]({"name": name} | _packed(what, finding, embedding))
+                        append[what]({"name": name, "frame": number} | _packed(what, finding, embedding))
                 append["scores"](row | {"seconds": time.perf_counter() - since})
             if broken >= MANY and not through:
                 raise RuntimeError(
@@ -365,6 +383,7 @@ def main(arguments=None):
     add("--workers", type=int, help="by default one per GPU, else one per core")
     add("--keep", nargs="*", choices=KEPT, default=KEPT, help="beside the scores")
     add("--batch", type=int, default=256, help="images in a shard")
+    add("--frame", type=cli.frame_choice, help="of files with several: a number from 0, or 'all'")
     add("--columns", nargs=2, default=("name", "image"), help="of Parquet: names, images")
     summary = run(**vars(parser.parse_args(arguments)))
     done = summary.images - summary.failed

@@ -152,7 +152,7 @@ class Task:
 
 
 def device() -> str:
-    """Return where trials run: "cuda" or "cpu"."""
-    import torch
+    """Return where trials run: "cuda", "mps" or "cpu"."""
+    from helpers.devices import default_device
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return default_device()

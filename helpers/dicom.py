@@ -1,0 +1,149 @@
+"""Read the ultrasound frames of DICOM files, as a viewer would show them.
+
+The modality and VOI transforms, palettes, inverse presentation and the pixels' aspect are applied. What is
+not ultrasound is refused. Decoders of compressed pixels come from pylibjpeg and its plugins.
+"""
+
+import contextlib
+import warnings
+
+import cv2
+import numpy as np
+
+from helpers.images import LARGEST, ImageWarning, cause, check_frame
+
+MPEG = "1.2.840.10008.1.2.4.10"  # begins the transfer syntaxes of MPEG-2, MPEG-4 and HEVC
+ASPECT = 4  # a pixel is at most so many times as high as wide, or as wide as high
+
+
+def read(path, file, frame: int | None = None) -> np.ndarray:
+    """Read a frame from an open DICOM file as uint8 (H, W, 3) RGB; ValueError where it can't be."""
+    dataset = parse(path, file)
+    _check(path, dataset)
+    frame = check_frame(path, frame, count_frames(path, dataset))
+    with _told(path, dataset):
+        values = _square(_colours(dataset, frame), dataset)
+    if not dataset.get("Modality"):
+        note = f"{path} does not say its modality; only ultrasound is meant to be read"
+        warnings.warn(note, ImageWarning, stacklevel=3)
+    return values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
+
+
+def parse(path, file):
+    """Return the dataset of an open file, with or without DICOM's preamble."""
+    import pydicom
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dataset = pydicom.dcmread(file, force=True)
+            known = dataset.get("SOPClassUID") or dataset.get("Modality") or "Rows" in dataset
+            if "TransferSyntaxUID" not in dataset.file_meta:  # no preamble: what it was parsed as
+                implicit, _ = dataset.original_encoding
+                syntax = (
+                    pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+                )
+                dataset.file_meta.TransferSyntaxUID = syntax
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole DICOM file ({cause(error)}); export it again") from error
+    if not known:
+        raise ValueError(f"{path} is not a whole DICOM file (it states no image); export it again")
+    return dataset
+
+
+def count_frames(path, dataset) -> int:
+    with _told(path, dataset):
+        return int(dataset.get("NumberOfFrames", None) or 1)
+
+
+def _check(path, dataset):
+    """Raise ValueError for what is no ultrasound image at all."""
+    with _told(path, dataset):
+        modality = str(dataset.get("Modality") or "")
+        syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+        sides = dataset.get("Rows") or 0, dataset.get("Columns") or 0
+        pixels = bool(dataset.get("PixelData"))
+    if modality not in ("", "US"):
+        raise ValueError(f"{path} is not ultrasound but of modality {modality}; only US is read")
+    if not pixels:
+        raise ValueError(
+            f"{path} is a DICOM without pixel data (modality {modality or 'not stated'}); "
+            "export the image object, not the report"
+        )
+    if syntax.startswith(MPEG):
+        raise ValueError(f"{path} is an MPEG video, which is not read; export a still frame of it")
+    if sides[0] * sides[1] > LARGEST:
+        raise ValueError(
+            f"{path} states {sides[1]} x {sides[0]} pixels, no ultrasound frame; export it again"
+        )
+
+
+@contextlib.contextmanager
+def _told(path, dataset):
+    """Turn what pydicom and its decoders raise, be it what it may, into a ValueError with the cause."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except Exception as error:
+        syntax = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
+        compressed = syntax is not None and getattr(syntax, "is_compressed", False)
+        remedy = f"export it uncompressed (now {syntax.name})" if compressed else "export it again"
+        raise ValueError(f"the image in {path} can't be decoded ({cause(error)}); {remedy}") from error
+
+
+def _colours(dataset, frame):
+    """Return one frame as uint8, grey (H, W) or RGB (H, W, 3)."""
+    from pydicom import pixels
+
+    values, kind = (
+        pixels.pixel_array(dataset, index=frame),
+        dataset.PhotometricInterpretation,
+    )  # YBR is RGB now
+    if kind == "PALETTE COLOR":
+        values = pixels.apply_color_lut(values, dataset)
+        return _scaled(values, 0, 255 if values.max() < 256 else 65535)
+    if not kind.startswith("MONOCHROME"):
+        return _scaled(values, 0, 2 ** int(dataset.BitsStored) - 1)
+    low, high = _stored_range(dataset)
+    values = pixels.apply_modality_lut(values, dataset)
+    if lut := dataset.get("VOILUTSequence"):
+        low, high = 0, 2 ** int(lut[0].LUTDescriptor[2]) - 1
+    elif (
+        dataset.get("WindowCenter", None) in (None, "") or dataset.get("WindowWidth") in (None, "")
+    ) and dataset.BitsStored > 8:
+        low, high = values.min(), values.max()  # without a window a viewer shows all there is
+    grey = _scaled(pixels.apply_voi_lut(values, dataset), low, high)
+    inverse = kind == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE"
+    return 255 - grey if inverse else grey
+
+
+def _stored_range(dataset):
+    """Return the least and the greatest value that a pixel can have after the modality transform."""
+    if lut := dataset.get("ModalityLUTSequence"):
+        return 0, 2 ** int(lut[0].LUTDescriptor[2]) - 1
+    values = np.array([0, 2 ** int(dataset.BitsStored) - 1], float)
+    if dataset.PixelRepresentation:
+        values -= 2 ** (int(dataset.BitsStored) - 1)
+    values = values * float(dataset.get("RescaleSlope") or 1) + float(dataset.get("RescaleIntercept") or 0)
+    return values.min(), values.max()
+
+
+def _scaled(values, low, high):
+    if values.dtype == np.uint8 and (low, high) == (0, 255):
+        return values
+    share = (values.astype(np.float32) - low) / max(float(high) - float(low), 1e-8)
+    return (share.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _square(values, dataset):
+    """Enlarge one side of a frame whose pixels are not square, by the lengths that the file states."""
+    high, wide = dataset.get("PixelAspectRatio") or dataset.get("PixelSpacing") or (1, 1)
+    for region in dataset.get("SequenceOfUltrasoundRegions") or ():
+        if region.get("RegionSpatialFormat") == 1 and region.get("PhysicalUnitsXDirection") == 3:  # 2D, in cm
+            high, wide = abs(region.PhysicalDeltaY), abs(region.PhysicalDeltaX)
+            break
+    ratio = float(high) / float(wide)
+    if not 1 / ASPECT <= ratio <= ASPECT:
+        raise ValueError(f"its pixels are said to be {ratio:.3g} times as high as wide")
+    height, width = values.shape[:2]
+    size = (width, round(height * ratio)) if ratio > 1 else (round(width / ratio), height)
+    return values if abs(ratio - 1) < 0.01 else cv2.resize(values, size, interpolation=cv2.INTER_LINEAR)
