@@ -7,7 +7,8 @@ Lessons use the core:
 | `params` | `param(name, default)`: a notebook setting, overridden by `NB_<NAME>`; limits of configs |
 | `data` | find BUSI and BUS-BRA, index them, read ground truth, the grouped split |
 | `devices` | what the hardware can do: bfloat16, memory |
-| `images` | read an image, PNG, JPEG or DICOM, and say what makes it unfit |
+| `images` | read an image or a mask in any common form, find them in folders, say what makes one unfit |
+| `dicom` | read a DICOM's frame as a viewer shows it |
 | `synthetic` | simulated images in BUSI's own layout |
 | `augment` | augmentation of an image with its mask: flip, rotation, zoom, gain |
 | `prompts` | from a mask to a box, box jitter, the ellipse that never looks at the image |

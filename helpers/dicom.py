@@ -10,10 +10,31 @@ import warnings
 import cv2
 import numpy as np
 
-from helpers.images import LARGEST, ImageWarning, cause, check_frame
-
 MPEG = "1.2.840.10008.1.2.4.10"  # begins the transfer syntaxes of MPEG-2, MPEG-4 and HEVC
+LARGEST = 80_000_000  # pixels: a small file may hold so many that they fill the memory
 ASPECT = 4  # a pixel is at most so many times as high as wide, or as wide as high
+
+
+class ImageWarning(UserWarning):
+    """An image was read, and something about it is uncertain."""
+
+
+def check_frame(path, frame, count) -> int:
+    """Return the frame to read of a file with `count`; ValueError where none or a wrong one is chosen."""
+    if count > 1 and frame is None:
+        raise ValueError(
+            f"{path} holds {count} frames; choose one of 0 to {count - 1}: frame=2 in Python, --frame 2 (or "
+            "--frame all) on the command line, NB_FRAME=2 for notebook 07"
+        )
+    if frame is not None and not 0 <= frame < count:
+        raise ValueError(f"{path} has no frame {frame}; it holds {count}, counted from 0")
+    return frame or 0
+
+
+def cause(error: Exception) -> str:
+    """Return an exception's message, or its kind where it has none: one line of at most 400 characters."""
+    text = str(error).encode("utf-8", "backslashreplace").decode()  # a file name in it may be no UTF-8
+    return " ".join(text.split())[:400] or type(error).__name__
 
 
 def read(path, file, frame: int | None = None) -> np.ndarray:
@@ -63,7 +84,7 @@ def _check(path, dataset):
         sides = dataset.get("Rows") or 0, dataset.get("Columns") or 0
         pixels = bool(dataset.get("PixelData"))
     if modality not in ("", "US"):
-        raise ValueError(f"{path} is not ultrasound but of modality {modality}; only US is read")
+        raise ValueError(f"{path} is not ultrasound but of modality {modality[:16]!r}; only US is read")
     if not pixels:
         raise ValueError(
             f"{path} is a DICOM without pixel data (modality {modality or 'not stated'}); "
@@ -84,9 +105,10 @@ def _told(path, dataset):
         with warnings.catch_warnings(action="ignore"):
             yield
     except Exception as error:
-        syntax = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
-        compressed = syntax is not None and getattr(syntax, "is_compressed", False)
-        remedy = f"export it uncompressed (now {syntax.name})" if compressed else "export it again"
+        remedy = "export it again"
+        with contextlib.suppress(AttributeError, ValueError):  # no syntax is stated, or none that is one
+            if (syntax := dataset.file_meta.TransferSyntaxUID).is_compressed:
+                remedy = f"export it uncompressed (now {syntax.name})"
         raise ValueError(f"the image in {path} can't be decoded ({cause(error)}); {remedy}") from error
 
 

@@ -12,9 +12,11 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from helpers import dicom
+from helpers.dicom import LARGEST, ImageWarning, cause, check_frame
+
 SPECK = 20  # pixels; a smaller component of the ground truth is a slip of the annotator's pen
 SMALLEST = 64  # px: below it no lesion can be told from speckle
-LARGEST = 80_000_000  # pixels: a small file may hold so many that they fill the memory
 COLOURED = 24  # of 255: how far the channels of a pixel may lie apart before it counts as coloured
 DOPPLER_SHARE = 0.05  # of coloured pixels: marks and logos stay below it
 PHOTO_SHARE = 0.5  # of coloured pixels: a colour box never fills a whole frame
@@ -22,10 +24,6 @@ FEW_LEVELS = 4  # of a mask: each is meant; more come from soft edges or from JP
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's names
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 SUFFIXES += (DCM := (".dcm", ".dicom"))
-
-
-class ImageWarning(UserWarning):
-    """An image was read, and something about it is in doubt."""
 
 
 def read_image(path, frame: int | None = None, content: bytes | None = None) -> np.ndarray:
@@ -43,8 +41,6 @@ def read_image(path, frame: int | None = None, content: bytes | None = None) -> 
     """
     with _opened(path, content) as file:
         if _is_dicom(path, file):
-            from helpers import dicom
-
             return dicom.read(path, file, frame)
         return _rgb(open_image(path, frame, file))
 
@@ -66,26 +62,12 @@ def frame_numbers(path, frame=None, content=None) -> list[int | None]:
         return [None]
     with contextlib.suppress(Exception), _opened(path, content) as file:
         if _is_dicom(path, file):
-            from helpers import dicom
-
             count = dicom.count_frames(path, dicom.parse(path, file))
         else:
             count = getattr(Image.open(file, formats=FORMATS), "n_frames", 1)
         if count > 1:
             return list(range(count)) if frame == "all" else [frame]
     return [None]
-
-
-def check_frame(path, frame, count) -> int:
-    """Return the frame to read of a file with `count`; ValueError where none or a wrong one is chosen."""
-    if count > 1 and frame is None:
-        raise ValueError(
-            f"{path} holds {count} frames; choose one of 0 to {count - 1}: frame=2 in Python, --frame 2 (or "
-            "--frame all) on the command line, NB_FRAME=2 for notebook 07"
-        )
-    if frame is not None and not 0 <= frame < count:
-        raise ValueError(f"{path} has no frame {frame}; it holds {count}, counted from 0")
-    return frame or 0
 
 
 @contextlib.contextmanager
@@ -97,7 +79,7 @@ def _opened(path, content=None):
 
 
 def _is_dicom(path, file):
-    """Judge by content: a DICOM's mark, its first tag where the mark is missing, or what else it could be."""
+    """Decide by the content: DICOM's mark, its first tag where that is missing, or what else it can be."""
     head = file.read(132)
     file.seek(0)
     if head[128:] == b"DICM" or re.match(rb"[\x02\x08]\0.\0", head, re.DOTALL):
@@ -307,9 +289,3 @@ def drop_specks(mask):
     large = stats[:, cv2.CC_STAT_AREA] >= SPECK
     large[0] = False  # the background
     return large[labels]
-
-
-def cause(error: Exception) -> str:
-    """Return an exception's message, or its kind where it has none: one line of at most 400 characters."""
-    text = str(error).encode("utf-8", "backslashreplace").decode()  # a file name in it may be no UTF-8
-    return " ".join(text.split())[:400] or type(error).__name__

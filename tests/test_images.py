@@ -276,7 +276,7 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path, frame):
 
 @pytest.mark.parametrize("modality", ["CT", "MR", "MG", "NM", "SEG", "OT"])
 def test_what_is_not_ultrasound_is_refused(tmp_path, frame, modality):
-    with pytest.raises(ValueError, match=f"a.dcm is not ultrasound but of modality {modality}"):
+    with pytest.raises(ValueError, match=f"a.dcm is not ultrasound but of modality '{modality}'"):
         images.read_image(dicom(tmp_path / "a.dcm", frame, Modality=modality))
 
 

@@ -1,6 +1,7 @@
 """House rules of the notebooks; no kernel is started."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -118,6 +119,10 @@ def test_colab_installs_without_moving_what_is_there(code, monkeypatch):
     assert calls == []  # not on Colab: nothing happens
 
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    exec(code[0], {})
+    assert calls == []  # the helpers are there: a clone or a fork
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     exec(code[0], {})
     [(command, settings)] = calls
     assert command[:4] == [sys.executable, "-m", "pip", "install"]

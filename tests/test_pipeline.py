@@ -179,7 +179,7 @@ def test_a_folder_goes_on_after_a_bad_file(built, index, tmp_path, capsys):
 
 
 def test_a_folder_without_images_says_so(built, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file ends in \.png"):
+    with pytest.raises(FileNotFoundError, match=r"no file is an image or ends in \.png"):
         cli.run_folder(built, [], tmp_path / "out")
 
 

@@ -51,7 +51,7 @@ def frame_choice(text: str) -> int | str:
 def find(paths: list[Path], out: Path) -> list[Path]:
     """Return the files that `paths` name, and the images in the folders among them, but for those in `out`.
 
-    What is passed over is counted in print. FileNotFoundError where there is no image.
+    What is passed over is counted in print.
     """
     files: dict[str, Path] = {}  # by absolute path: each is done once
     others: collections.Counter = collections.Counter()
@@ -65,9 +65,6 @@ def find(paths: list[Path], out: Path) -> list[Path]:
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
         say(f"passed over, for they are no images: {kinds}")
-    if not files:
-        named = ", ".join(map(str, paths))
-        raise FileNotFoundError(f"no image in {named}; give {', '.join(images.SUFFIXES)}")
     return list(files.values())
 
 
@@ -87,6 +84,8 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
     failed: list[str] = []
     used: set[str] = set()
     done, table = 0, out / "findings.csv"
+    if not files:
+        raise FileNotFoundError(f"no file is an image or ends in {', '.join(images.SUFFIXES)}")
     with contextlib.ExitStack() as stack:
         growing = stack.enter_context(cache.atomic(table))  # the first to be entered takes its place last
         folders = {name: stack.enter_context(cache.atomic(out / name)) for name in FOLDERS}
@@ -98,7 +97,7 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
         lines.writeheader()
         for path in tqdm(files, unit="image", file=sys.stdout):
             for number in images.frame_numbers(path, frame):
-                line = {"file": str(path), "frame": number}
+                line: dict = {"file": str(path), "frame": number}
                 try:
                     image, notes = images.read_noting(path, number)
                     finding = pipe.segment(image)

@@ -8,7 +8,6 @@ from typing import Any
 
 import joblib
 
-from helpers.images import cause
 from helpers.quiet import quiet_stderr
 
 SHARED = Path("/dev/shm")  # where Ray keeps the objects that its processes share
@@ -55,7 +54,7 @@ def start():
         except Exception as error:  # of many kinds, by what the cluster refuses
             raise ConnectionError(
                 f"the cluster at RAY_ADDRESS {address!r} did not let this process join "
-                f"({cause(error)}); it must run the same versions of Ray and Python, and where it "
+                f"({_first_line(error)}); it must run the same versions of Ray and Python, and where it "
                 "asks for a token RAY_AUTH_MODE=token must be set here too"
             ) from error
         return ray
@@ -73,11 +72,15 @@ def start():
     except Exception as error:  # bare, where one of Ray's processes did not start
         ray.shutdown()
         raise RuntimeError(
-            f"Ray did not start on this machine ({cause(error)}); end what is left of an "
+            f"Ray did not start on this machine ({_first_line(error)}); end what is left of an "
             "earlier Ray with `ray stop`, and see that local ports may be opened and that there is room "
             "in the temporary folder"
         ) from error
     return ray
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0]
 
 
 def _check_answers(address):

@@ -149,7 +149,7 @@ def _check_one(system, path, columns):
         if (not nameless and name not in texts) or image not in binaries:
             raise ValueError(
                 f"the columns {', '.join(columns[nameless:])} of {path} are of type {name} and {image}; "
-                "names must be string, images binary (an encoded PNG, JPEG or DICOM)"
+                "they must be string and binary (an encoded PNG, JPEG or DICOM)"
             )
         named = columns[0]
         if nameless:
