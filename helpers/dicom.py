@@ -12,6 +12,7 @@ import numpy as np
 
 MPEG = "1.2.840.10008.1.2.4.10"  # begins the transfer syntaxes of MPEG-2, MPEG-4 and HEVC
 LARGEST = 80_000_000  # pixels: a small file may hold so many that they fill the memory
+WINDOW = ("WindowCenter", "WindowWidth")
 ASPECT = 4  # a pixel is at most so many times as high as wide, or as wide as high
 
 
@@ -59,16 +60,13 @@ def parse(path, file):
             dataset = pydicom.dcmread(file, force=True)
             known = dataset.get("SOPClassUID") or dataset.get("Modality") or "Rows" in dataset
             if "TransferSyntaxUID" not in dataset.file_meta:  # no preamble: what it was parsed as
-                implicit, _ = dataset.original_encoding
-                syntax = (
-                    pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
-                )
-                dataset.file_meta.TransferSyntaxUID = syntax
+                kind = ("Explicit", "Implicit")[dataset.original_encoding[0]]
+                dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, f"{kind}VRLittleEndian")
     except Exception as error:
         raise ValueError(f"{path} is not a whole DICOM file ({cause(error)}); export it again") from error
-    if not known:
-        raise ValueError(f"{path} is not a whole DICOM file (it states no image); export it again")
-    return dataset
+    if known:
+        return dataset
+    raise ValueError(f"{path} is not a whole DICOM file (it states no image); export it again")
 
 
 def count_frames(path, dataset) -> int:
@@ -93,9 +91,7 @@ def _check(path, dataset):
     if syntax.startswith(MPEG):
         raise ValueError(f"{path} is an MPEG video, which is not read; export a still frame of it")
     if sides[0] * sides[1] > LARGEST:
-        raise ValueError(
-            f"{path} states {sides[1]} x {sides[0]} pixels, no ultrasound frame; export it again"
-        )
+        raise ValueError(f"{path} states {sides[1]} x {sides[0]} pixels, too many; export it again")
 
 
 @contextlib.contextmanager
@@ -116,10 +112,8 @@ def _colours(dataset, frame):
     """Return one frame as uint8, grey (H, W) or RGB (H, W, 3)."""
     from pydicom import pixels
 
-    values, kind = (
-        pixels.pixel_array(dataset, index=frame),
-        dataset.PhotometricInterpretation,
-    )  # YBR is RGB now
+    kind = dataset.PhotometricInterpretation
+    values = pixels.pixel_array(dataset, index=frame)  # YBR becomes RGB
     if kind == "PALETTE COLOR":
         values = pixels.apply_color_lut(values, dataset)
         return _scaled(values, 0, 255 if values.max() < 256 else 65535)
@@ -129,9 +123,7 @@ def _colours(dataset, frame):
     values = pixels.apply_modality_lut(values, dataset)
     if lut := dataset.get("VOILUTSequence"):
         low, high = 0, 2 ** int(lut[0].LUTDescriptor[2]) - 1
-    elif (
-        dataset.get("WindowCenter", None) in (None, "") or dataset.get("WindowWidth") in (None, "")
-    ) and dataset.BitsStored > 8:
+    elif dataset.BitsStored > 8 and any(dataset.get(name) in (None, "") for name in WINDOW):
         low, high = values.min(), values.max()  # without a window a viewer shows all there is
     grey = _scaled(pixels.apply_voi_lut(values, dataset), low, high)
     inverse = kind == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE"

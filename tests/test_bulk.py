@@ -285,6 +285,72 @@ def test_a_bucket(alone, folder, tmp_path, monkeypatch):
     assert not [info.path for info in found if info.base_name.startswith(".")]
 
 
+@pytest.mark.parametrize("place", ["in/out", "in", "in/more"])
+def test_the_output_may_lie_in_the_source(alone, folder, place):
+    out = folder.parent / place
+    assert bulk.run(folder, out, Bright, batch=5, quiet=True).images == 12
+    assert bulk.run(folder, out, Bright, batch=5, quiet=True).already == 12
+
+
+def test_a_loop_of_links_does_an_image_once(alone, folder, tmp_path):
+    (folder / "loop").symlink_to(folder)
+    (folder / "more" / "up").symlink_to("..")
+    assert bulk.run(folder, tmp_path / "out", Bright, quiet=True).images == 12
+
+
+def test_names_that_are_no_utf_8_and_files_without_a_suffix(alone, folder, tmp_path):
+    (folder / "0.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
+    (folder / "1.png").rename(folder / "IM000001")
+    (folder / "._2.png").write_bytes(b"macOS")
+    summary = bulk.run(folder, tmp_path / "out", Bright, quiet=True)
+    assert (summary.images, summary.failed) == (12, 2)
+    assert {"caf\\xe9.png", "IM000001"} <= set(names(tmp_path / "out"))
+    assert bulk.run(folder, tmp_path / "out", Bright, quiet=True).already == 12
+
+
+def test_each_frame_has_a_row(alone, folder, tmp_path):
+    first, *more = (Image.open(io.BytesIO(picture(number))) for number in (50, 51, 52))
+    first.save(folder / "cine.tif", save_all=True, append_images=more)
+    out = tmp_path / "all"
+    summary = bulk.run(folder, out, Bright, frame="all", quiet=True)
+    assert (summary.images, summary.failed, len(names(out))) == (13, 2, 15)
+    for what in bulk.SCHEMAS:
+        found = bulk.read(out, what).to_table(columns=["name", "frame"]).to_pandas()
+        assert found.frame[found.name == "cine.tif"].tolist() == [0, 1, 2]
+        assert found.frame[found.name == "0.png"].isna().all()
+    assert bulk.run(folder, out, Bright, frame="all", quiet=True).already == 13
+    with pytest.raises(ValueError, match="frame 'all', not None"):
+        bulk.run(folder, out, Bright, quiet=True)
+    bulk.run(folder, tmp_path / "one", Bright, frame=2, quiet=True)
+    features = bulk.read(tmp_path / "one", "embeddings").to_table().to_pandas().set_index("name").features
+    assert np.frombuffer(features["cine.tif"], np.float16)[0] == np.float16(52 / 255)
+    errors = bulk.run(folder, tmp_path / "none", Bright, quiet=True).errors
+    assert any(error.startswith("cine.tif: ValueError: cine.tif holds 3 frames") for error in errors)
+
+
+@pytest.mark.parametrize("paths", ["all", "some", "none"])
+def test_parquet_of_hugging_face_has_no_names(alone, tmp_path, paths):
+    """Its images are structs; where each has a path, that is the name, else the rows are numbered."""
+    known = {"all": 7, "some": 3, "none": 0}[paths]
+    cells = [{"bytes": picture(k), "path": f"{k}.png" if k < known else None} for k in range(7)]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    (tmp_path / "in").mkdir()
+    for part, name in ((cells[:4], "a"), (cells[4:], "b")):
+        rows = pa.table({"image": pa.array(part, kind), "label": list(range(len(part)))})
+        pq.write_table(rows, tmp_path / "in" / f"{name}.parquet", row_group_size=2)
+    summary = bulk.run(tmp_path / "in", tmp_path / "out", Bright, batch=3, quiet=True)
+    assert (summary.images, summary.failed) == (7, 0)
+    expected = [f"a.parquet#{k}" for k in range(4)] + [f"b.parquet#{k}" for k in range(3)]
+    if paths == "all":
+        expected = [f"{k}.png" for k in range(7)]
+    elif paths == "some":  # a file is named as a whole
+        expected[:4] = [f"a.parquet#{k}" for k in range(4)]
+    assert names(tmp_path / "out") == expected
+    found = bulk.read(tmp_path / "out", "embeddings").to_table().to_pandas()
+    pixels = [np.frombuffer(features, np.float16)[0] for features in found.features]
+    assert pixels == [np.float16(k / 255) for k in range(7)]
+
+
 def test_a_damaged_parquet_is_named(alone, tmp_path):
     path = tmp_path / "in.parquet"
     table(path, range(10), rows=5)

@@ -268,6 +268,35 @@ def test_a_folder_of_another_family_is_named(random_sam, tmp_path, kind):
         sam.load(folder)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_folder_in_another_precision_is_loaded_as_float32(random_sam, tmp_path, kind, image):
+    from transformers import SamModel
+
+    folder = shutil.copytree(random_sam[0], tmp_path / "folder")
+    SamModel.from_pretrained(folder).to(kind).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(kind).removeprefix("torch.")
+    segmenter = sam.load(folder, "cpu")
+    assert {value.dtype for value in segmenter.model.state_dict().values()} == {torch.float32}
+    found, expected = (one.predict(image, BOX) for one in (segmenter, sam.load(random_sam[0], "cpu")))
+    assert np.abs(found - expected).max() < 0.02
+
+
+def test_a_processor_of_another_size_than_the_model_is_told(random_sam, tmp_path):
+    from transformers import SamImageProcessor, SamModel, SamProcessor
+
+    folder = shutil.copytree(random_sam[0], tmp_path / "folder")
+    side = SamModel.from_pretrained(folder).config.vision_config.image_size
+    size = {"size": {"longest_edge": 2 * side}, "pad_size": {"height": 2 * side, "width": 2 * side}}
+    SamProcessor(SamImageProcessor(**size)).save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"images of {2 * side} pixels a side, its network takes {side}"):
+        sam.load(folder, "cpu")
+
+
+def test_a_folder_may_lie_in_the_home_folder(random_sam, monkeypatch):
+    monkeypatch.setenv("HOME", str(random_sam[0].parent))
+    assert sam.load(f"~/{random_sam[0].name}", "cpu").checkpoint == str(random_sam[0])
+
+
 # The model and the processor that a lesson shows
 
 

@@ -49,14 +49,14 @@ def frame_choice(text: str) -> int | str:
 
 
 def find(paths: list[Path], out: Path) -> list[Path]:
-    """Return the files that `paths` name, and the images in the folders among them, but for those in `out`.
+    """Return the files that `paths` name, and the images in the folders among them, but for its own in `out`.
 
     What is passed over is counted in print.
     """
     files: dict[str, Path] = {}  # by absolute path: each is done once
     others: collections.Counter = collections.Counter()
     for path in paths:
-        own = (out, *(out / name for name in FOLDERS))
+        own = [out / name for name in FOLDERS]
         for file in images.walk(path, own) if path.is_dir() else [path]:
             if file is path or images.is_image(file):
                 files.setdefault(os.path.abspath(file), file)

@@ -126,7 +126,7 @@ def run(
         )
     system, root = place = shards.place(out)
     out = os.fspath(out) if "://" in os.fspath(out) else root  # absolute
-    own = (root, *(f"{root}/{what}" for what in SCHEMAS))  # where it lies in the source
+    own = tuple(f"{root}/{what}" for what in SCHEMAS)  # where it lies in the source
     plan, listing = shards.cut(*(there := shards.place(source)), columns, batch, own)
     settings = {
         "version": VERSION,

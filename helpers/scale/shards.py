@@ -78,7 +78,7 @@ def cut(system, root, columns, batch, leave_out=()) -> tuple[list[Shard], str]:
             f"{root!r} {'is a file' if single else counts}; give a Parquet file, or a folder of one "
             f"kind: .parquet, or {', '.join(images.SUFFIXES)}"
         )
-    key = cache.key(sorted(sizes.items()))
+    key = cache.key([(name, sizes[name]) for name in names or tables])
     if names:
         some = (tuple(names[first : first + batch]) for first in range(0, len(names), batch))
         return [Shard(batch * k, len(part), part) for k, part in enumerate(some)], key
@@ -134,8 +134,9 @@ def _check_one(system, path, columns):
     try:
         with _open(system, path) as table:
             schema, about = table.schema_arrow, table.metadata
-        # Hugging Face's data sets have no names, but the files' paths beside the images' bytes, or nothing.
-        nameless = columns[0] == NAME and NAME not in schema.names
+        # Hugging Face's data sets have no names: images are structs of bytes and a path, which may be null.
+        nameless = columns[0] == NAME and NAME not in schema.names and columns[1] in schema.names
+        nameless = nameless and pa.types.is_struct(schema.field(columns[1]).type)
         missing = [name for name in columns[nameless:] if name not in schema.names]
         if missing:
             raise ValueError(
