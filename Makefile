@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast lint format pipeline table benchmark clean
+.PHONY: help run test test-fast lint format pipeline table links benchmark clean
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,18 @@ pipeline: .venv/installed ## train the automatic pipeline for each test fold of 
 table: .venv/installed ## make README's tables and figure from results/
 	.venv/bin/python results/make_tables.py
 
+links: ## write the address of a fork, REPOSITORY=https://github.com/me/fork, into badges, cells and pyproject
+	@echo "$(REPOSITORY)" | grep -Eq '^https://github.com/[A-Za-z0-9-]+/[A-Za-z0-9._-]+$$' || \
+		{ echo "REPOSITORY is '$(REPOSITORY)'; say make links REPOSITORY=https://github.com/me/fork" >&2; exit 2; }
+	@old=$$(sed -n 's|^Repository = "https://github.com/\(.*\)"|\1|p' pyproject.toml); \
+	new=$$(echo "$(REPOSITORY)" | sed 's|https://github.com/||; s|\.git$$||'); \
+	sed -i.before "s|github.com/$$old|github.com/$$new|g; s|/github/$$old|/github/$$new|g" \
+		pyproject.toml CITATION.cff README.md notebooks/*.ipynb && \
+	rm -f pyproject.toml.before CITATION.cff.before README.md.before notebooks/*.before && \
+	echo "github.com/$$old is github.com/$$new now"
+
 benchmark: .venv/installed ## time embedding, fine-tuning, the U-Net's input, the pipeline, searches and bulk work: an hour
+	FUZZ=400 .venv/bin/python -m pytest -q tests/test_folder.py -k damaged
 	.venv/bin/python tests/benchmarks/embed.py
 	.venv/bin/python tests/benchmarks/unet.py
 	.venv/bin/python tests/benchmarks/finetune.py

@@ -45,3 +45,5 @@ import os
 
 # Torch and MONAI import TensorFlow where it is installed; its start-up notes are no news to a reader.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# What Apple's GPUs cannot do yet, torch does on the CPU.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")

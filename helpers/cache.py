@@ -41,7 +41,7 @@ def atomic(target: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         if scratch.is_file():
-            with scratch.open("rb") as file:
+            with scratch.open("r+b") as file:  # Windows syncs only what may be written
                 os.fsync(file.fileno())
         if scratch.is_dir() and target.is_dir():
             _swap(scratch, target)
