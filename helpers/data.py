@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 
 from helpers import cache, synthetic
-from helpers.images import SUFFIXES, cause, drop_specks, open_image, read_image, read_mask, walk
+from helpers.dicom import cause
+from helpers.images import SUFFIXES, drop_specks, open_image, read_image, read_mask, walk
 from helpers.synthetic import DATASET_FOLDER
 
 LABELS = ("normal", "benign", "malignant")

@@ -5,6 +5,7 @@ not ultrasound is refused. Decoders of compressed pixels come from pylibjpeg and
 """
 
 import contextlib
+import re
 import warnings
 
 import cv2
@@ -35,15 +36,25 @@ def check_frame(path, frame, count) -> int:
 def cause(error: Exception) -> str:
     """Return an exception's message, or its kind where it has none: one line of at most 400 characters."""
     text = str(error).encode("utf-8", "backslashreplace").decode()  # a file name in it may be no UTF-8
-    return " ".join(text.split())[:400] or type(error).__name__
+    return " ".join(re.sub("<.*>", "", text).split())[:400] or type(error).__name__
+
+
+@contextlib.contextmanager
+def told(path, what, remedy):
+    """Turn what a decoder raises, which may be anything, into a ValueError; keep its warnings back."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except Exception as error:
+        raise ValueError(f"{path} {what} ({cause(error)}); {remedy}") from error
 
 
 def read(path, file, frame: int | None = None) -> np.ndarray:
     """Read a frame from an open DICOM file as uint8 (H, W, 3) RGB; ValueError where it can't be."""
-    dataset = parse(path, file)
+    dataset, count = parse(path, file)
     _check(path, dataset)
-    frame = check_frame(path, frame, count_frames(path, dataset))
-    with _told(path, dataset):
+    frame = check_frame(path, frame, count)
+    with told(path, "can't be decoded", _remedy(dataset)):
         values = _square(_colours(dataset, frame), dataset)
     if not dataset.get("Modality"):
         note = f"{path} does not say its modality; only ultrasound is meant to be read"
@@ -52,60 +63,45 @@ def read(path, file, frame: int | None = None) -> np.ndarray:
 
 
 def parse(path, file):
-    """Return the dataset of an open file, with or without DICOM's preamble."""
+    """Return the dataset of an open file, with or without DICOM's preamble, and how many frames it holds."""
     import pydicom
 
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            dataset = pydicom.dcmread(file, force=True)
-            known = dataset.get("SOPClassUID") or dataset.get("Modality") or "Rows" in dataset
-            if "TransferSyntaxUID" not in dataset.file_meta:  # no preamble: what it was parsed as
-                kind = ("Explicit", "Implicit")[dataset.original_encoding[0]]
-                dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, f"{kind}VRLittleEndian")
-    except Exception as error:
-        raise ValueError(f"{path} is not a whole DICOM file ({cause(error)}); export it again") from error
-    if known:
-        return dataset
-    raise ValueError(f"{path} is not a whole DICOM file (it states no image); export it again")
+    with told(path, "is not a whole DICOM file", "export it again"):
+        dataset = pydicom.dcmread(file, force=True)
+        if not (dataset.get("SOPClassUID") or dataset.get("Modality") or "Rows" in dataset):
+            raise ValueError("it states no image")
+        if "TransferSyntaxUID" not in dataset.file_meta:  # no preamble: what it was parsed as
+            kind = ("Explicit", "Implicit")[dataset.original_encoding[0]]
+            dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, f"{kind}VRLittleEndian")
+    with told(path, "can't be decoded", _remedy(dataset)):
+        return dataset, int(dataset.get("NumberOfFrames", None) or 1)
 
 
-def count_frames(path, dataset) -> int:
-    with _told(path, dataset):
-        return int(dataset.get("NumberOfFrames", None) or 1)
+def _remedy(dataset):
+    with contextlib.suppress(AttributeError, ValueError):  # it states no syntax, or none that is one
+        if (syntax := dataset.file_meta.TransferSyntaxUID).is_compressed:
+            return f"export it uncompressed (now {syntax.name})"
+    return "export it again"
 
 
 def _check(path, dataset):
     """Raise ValueError for what is no ultrasound image at all."""
-    with _told(path, dataset):
+    with told(path, "can't be decoded", "export it again"):
         modality = str(dataset.get("Modality") or "")
-        syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
-        sides = dataset.get("Rows") or 0, dataset.get("Columns") or 0
+        syntax = str(dataset.file_meta.TransferSyntaxUID)
+        size = (dataset.get("Rows") or 0) * (dataset.get("Columns") or 0)
         pixels = bool(dataset.get("PixelData"))
+    wrong = ""
     if modality not in ("", "US"):
-        raise ValueError(f"{path} is not ultrasound but of modality {modality[:16]!r}; only US is read")
-    if not pixels:
-        raise ValueError(
-            f"{path} is a DICOM without pixel data (modality {modality or 'not stated'}); "
-            "export the image object, not the report"
-        )
-    if syntax.startswith(MPEG):
-        raise ValueError(f"{path} is an MPEG video, which is not read; export a still frame of it")
-    if sides[0] * sides[1] > LARGEST:
-        raise ValueError(f"{path} states {sides[1]} x {sides[0]} pixels, too many; export it again")
-
-
-@contextlib.contextmanager
-def _told(path, dataset):
-    """Turn what pydicom and its decoders raise, be it what it may, into a ValueError with the cause."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    except Exception as error:
-        remedy = "export it again"
-        with contextlib.suppress(AttributeError, ValueError):  # no syntax is stated, or none that is one
-            if (syntax := dataset.file_meta.TransferSyntaxUID).is_compressed:
-                remedy = f"export it uncompressed (now {syntax.name})"
-        raise ValueError(f"the image in {path} can't be decoded ({cause(error)}); {remedy}") from error
+        wrong = f"not ultrasound but of modality {modality[:16]!r}; only US is read"
+    elif not pixels:
+        wrong = f"a DICOM without pixel data (modality {modality or 'not stated'}); export the image itself"
+    elif syntax.startswith(MPEG):
+        wrong = "an MPEG video, which is not read; export a still frame of it"
+    elif size > LARGEST:
+        wrong = f"of {size:,} pixels, it says, too many for a frame; export it again"
+    if wrong:
+        raise ValueError(f"{path} is {wrong}")
 
 
 def _colours(dataset, frame):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from helpers import dicom
-from helpers.dicom import LARGEST, ImageWarning, cause, check_frame
+from helpers.dicom import LARGEST, ImageWarning, check_frame, told
 
 SPECK = 20  # pixels; a smaller component of the ground truth is a slip of the annotator's pen
 SMALLEST = 64  # px: below it no lesion can be told from speckle
@@ -23,6 +23,7 @@ PHOTO_SHARE = 0.5  # of coloured pixels: a colour box never fills a whole frame
 FEW_LEVELS = 4  # of a mask: each is meant; more come from soft edges or from JPEG
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's names
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+BROKEN = ("is not a whole image", "fetch it again, or save the frame as PNG")
 SUFFIXES += (DCM := (".dcm", ".dicom"))
 
 
@@ -62,7 +63,7 @@ def frame_numbers(path, frame=None, content=None) -> list[int | None]:
         return [None]
     with contextlib.suppress(Exception), _opened(path, content) as file:
         if _is_dicom(path, file):
-            count = dicom.count_frames(path, dicom.parse(path, file))
+            _, count = dicom.parse(path, file)
         else:
             count = getattr(Image.open(file, formats=FORMATS), "n_frames", 1)
         if count > 1:
@@ -88,14 +89,11 @@ def _is_dicom(path, file):
 
 
 def _is_picture(file):
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            Image.open(file, formats=FORMATS)
-    except Exception:  # a decoder raises anything
-        return False
-    finally:
-        file.seek(0)
-    return True
+    found = False
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        found = bool(Image.open(file, formats=FORMATS))
+    file.seek(0)
+    return found
 
 
 def is_image(path) -> bool:
@@ -117,22 +115,17 @@ def walk(folder, leave_out=()) -> Iterator[Path]:
     """
     top = os.path.realpath(folder)
     seen = {top, *map(os.path.realpath, leave_out)}
+
+    def fresh(path):
+        real = os.path.realpath(path) if path.is_symlink() or path.is_dir() else ""
+        if path.name[0] == "." or real in seen or path.is_symlink() and real.startswith(top + os.sep):
+            return False
+        seen.update([real] if real else [])
+        return True
+
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if name[0] != "." and _once(place, name, top, seen)]
-        for name in sorted(names):
-            path = Path(place, name)
-            inside = path.is_symlink() and os.path.realpath(path).startswith(top + os.sep)
-            if name[0] != "." and not inside:
-                yield path
-
-
-def _once(place, name, top, seen):
-    path = os.path.join(place, name)
-    real = os.path.realpath(path)
-    if real in seen or os.path.islink(path) and (real + os.sep).startswith(top + os.sep):
-        return False
-    seen.add(real)
-    return True
+        folders[:] = [name for name in sorted(folders) if fresh(Path(place, name))]
+        yield from filter(fresh, (Path(place, name) for name in sorted(names)))
 
 
 def check(image):
@@ -228,7 +221,7 @@ def _ambiguous(path, what):
 def open_image(path, frame=None, file=None) -> Image.Image:
     """Open an image, or its open `file`, with Pillow: loaded, upright, 8 bits; raises as `read_image`."""
     with _opened(path) if file is None else contextlib.nullcontext(file) as source:
-        with _told(path):
+        with told(path, *BROKEN):
             image = Image.open(source, formats=FORMATS)
             count = getattr(image, "n_frames", 1)
         if image.width * image.height > LARGEST:
@@ -236,7 +229,7 @@ def open_image(path, frame=None, file=None) -> Image.Image:
                 f"{path} is {image.width} x {image.height} pixels, too many for a frame; cut the frame out"
             )
         frame = check_frame(path, frame, count)
-        with _told(path):
+        with told(path, *BROKEN):
             if frame:
                 image.seek(frame)
             deep = _is_deep(image)
@@ -266,21 +259,6 @@ def _rgb(image):
         black = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(black, image.convert("RGBA"))
     return np.array(image.convert("RGB"))
-
-
-@contextlib.contextmanager
-def _told(path):
-    """Turn what a decoder raises, which may be anything, into a ValueError with file and cause, quietly."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    except UnidentifiedImageError as error:
-        forms = "cut off, or of a form that is not read; fetch it again, or save it as PNG"
-        raise ValueError(f"{path} is not a whole image: {forms}") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large for a frame ({cause(error)}); cut the frame out") from error
-    except Exception as error:
-        raise ValueError(f"{path} is not a whole image ({cause(error)}); fetch it again") from error
 
 
 def drop_specks(mask):

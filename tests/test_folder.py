@@ -83,7 +83,7 @@ def test_one_bad_file_stops_nothing(run, folder, frame, capsys):
     assert code == 1
     assert table.error.isna()["good.png"]
     for name, words in [
-        ("bomb.png", "is too large for a frame"),
+        ("bomb.png", "exceeds limit"),
         ("empty.dcm", "without pixel data"),
         ("odd.dcm", "odd.dcm"),
         ("cut.tif", "is not a whole image"),

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from helpers import cache, data, images, pipeline
+from helpers import cache, data, dicom, images, pipeline
 
 COLUMNS = ("file", "frame", "mask", "answer", *data.LABELS, "prediction_set", "lesions", "area_share")
 COLUMNS += ("confidence", "boxes", "warnings", "error")
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         (out / ".writable").unlink()
         return run_folder(pipeline.load(options.weights), files, out, options.frame)
     except (OSError, ValueError) as error:
-        say(f"error: {images.cause(error)}", sys.stderr)
+        say(f"error: {dicom.cause(error)}", sys.stderr)
         return 2
 
 
@@ -108,7 +108,7 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
                     line["warnings"] = "; ".join(filter(None, (*notes, line["warnings"])))
                     done += 1
                 except Exception as error:  # one file of many may break anything
-                    line["error"] = images.cause(error)
+                    line["error"] = dicom.cause(error)
                     failed.append(f"{path}: {line['error']}")
                 lines.writerow(line)
     say(f"{done} of {done + len(failed)} images done, {table}")

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from helpers import cache, data, images, pipeline
+from helpers import cache, data, dicom, images, pipeline
 from helpers.pipeline import cli
 from helpers.scale import ray_cluster, shards
 
@@ -315,7 +315,7 @@ class Worker:
                     row |= pipeline.summary(finding)
                     row["warnings"] = "; ".join(filter(None, (*notes, row["warnings"])))
                 except Exception as error:  # one image of millions may break anything
-                    row["error"] = f"{type(error).__name__}: {images.cause(error)}"
+                    row["error"] = f"{type(error).__name__}: {dicom.cause(error)}"
                     if not isinstance(error, (OSError, ValueError)):
                         broken, example = broken + 1, example or row
                 else:

@@ -14,7 +14,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from helpers import cache, images
-from helpers.images import cause
+from helpers.dicom import cause
 
 NAME = "name"  # the column of names, where no other is given
 READ = 16  # rows of Parquet that are read at once
