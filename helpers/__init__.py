@@ -7,7 +7,7 @@ Lessons use the core:
 | `params` | `param(name, default)`: a notebook setting, overridden by `NB_<NAME>`; limits of configs |
 | `data` | find BUSI and BUS-BRA, index them, read ground truth, the grouped split |
 | `devices` | what the hardware can do: bfloat16, memory |
-| `images` | read an image or a mask in any common form, find them in folders, say what makes one unfit |
+| `images` | read an image or a mask in any common form |
 | `dicom` | read a DICOM's frame as a viewer shows it |
 | `synthetic` | simulated images in BUSI's own layout |
 | `augment` | augmentation of an image with its mask: flip, rotation, zoom, gain |
@@ -28,6 +28,7 @@ The wings are for later; the core never imports from them:
 | wing | what it holds |
 | --- | --- |
 | `pipeline` | notebooks 07 and 08: `load()`, `.segment`, `.report`, and the command line |
+| `pipeline.files` | find images in folders, choose their frames, say what makes one unfit |
 | `pipeline.detector` | lesion boxes and class probabilities without a prompt |
 | `pipeline.diagnosis` | from the predicted mask to calibrated probabilities and "uncertain" |
 | `pipeline.train` | train a pipeline on the folds that are not the test fold |

@@ -49,17 +49,10 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return one of an image's augmentations, the same for the same arguments.
 
-    Args:
-        image: uint8 (H, W, 3) RGB.
-        mask: bool (H, W), or None.
-        number: 0 the image itself, 1 its mirror image; from 2 on each changes within `USUAL` in its own
-            way, and odd ones are mirrored.
-        key: names the image, so that its augmentations do not depend on which others are seen.
-        seed: of the augmentations from 2 on.
-        strength: factor of the ranges; 0 mirrors only.
-
-    Returns:
-        (uint8 (H, W, 3), bool (H, W) or None).
+    Of the image, uint8 (H, W, 3) RGB, and its mask, bool (H, W) or None, `number` 0 are these themselves and
+    1 their mirror image; from 2 on each changes within `USUAL` in its own way, drawn from `seed`, and odd
+    ones are mirrored. `key` names the image, so that its augmentations do not depend on which others are
+    seen. `strength` is a factor of the ranges; 0 mirrors only.
     """
     if number % 2:
         image = np.ascontiguousarray(image[:, ::-1])
@@ -78,16 +71,13 @@ def augment(
 def augment_batch(
     pixels: torch.Tensor, *maps: torch.Tensor, ranges: Ranges, generator=None
 ) -> list[torch.Tensor]:
-    """Augment each image of a batch in its own way, and move its maps alike.
+    """Augment each image of a batch in its own way, and move its maps alike; 0 where the frame does not
+    reach.
 
     Args:
         pixels: float (N, C, H, W) from 0 to 1. A rotation is one in these pixels.
         maps: float (N, channels, height, width) of the same frames at any resolution: masks, features.
-        ranges: Ranges.
         generator: torch.Generator of the CPU, which all that is random comes from; None: torch's own.
-
-    Returns:
-        list of tensors in the shapes of `pixels` and `maps`, 0 where the frame does not reach.
     """
     count, _, height, width = pixels.shape
 

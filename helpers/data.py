@@ -24,7 +24,7 @@ import pandas as pd
 
 from helpers import cache, synthetic
 from helpers.dicom import cause
-from helpers.images import SUFFIXES, drop_specks, open_image, read_image, read_mask, walk
+from helpers.images import SUFFIXES, drop_specks, open_image, read_image, read_mask
 from helpers.synthetic import DATASET_FOLDER
 
 LABELS = ("normal", "benign", "malignant")
@@ -122,8 +122,8 @@ def load_index(root: str | Path | None = None) -> pd.DataFrame:
     with (place / "busi_groups.csv").open(encoding="utf-8") as lines:
         table = pd.read_csv(lines, keep_default_na=False)
     images, masks = {}, {}  # of each image id: the image's path, and the tuple of its masks' paths
-    for path in (path for _, place in sorted(_class_folders(folder).items()) for path in walk(place)):
-        if not path.name.lower().endswith(SUFFIXES):
+    for path in (path for place in _class_folders(folder).values() for path in sorted(place.rglob("*"))):
+        if path.name[0] == "." or not path.name.lower().endswith(SUFFIXES):
             continue
         mask = re.fullmatch(r"(.+)_mask(_\d+)?", path.stem) or (
             path.parent.name.lower() == "masks" and re.fullmatch("(.+)", path.stem)  # by the folder
@@ -194,15 +194,8 @@ def load_dataset(choice: str = "auto", synthetic_images: int = 40) -> pd.DataFra
 def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make synthetic images to pretrain a network on: other ones than those that stand in for BUSI.
 
-    Args:
-        images_per_class: `LEAST_PRETRAINING` or more.
-        folder: to keep them in; "" is `helpers.cache.folder()`.
-
-    Returns:
-        (train, val): rows of an index.
-
-    Raises:
-        ValueError: fewer images than can be split.
+    They are kept in `folder` ("" is `helpers.cache.folder()`). Returns (train, val), rows of an index.
+    ValueError where `images_per_class` is below `LEAST_PRETRAINING`: too few to be split.
     """
     if images_per_class < LEAST_PRETRAINING:
         raise ValueError(
@@ -217,9 +210,8 @@ def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.
 def load_busbra(root: str | Path) -> pd.DataFrame:
     """Index BUS-BRA in its published layout, as an external test set.
 
-    Args:
-        root: the folder with `bus_data.csv`, `Images/bus_*.png` and `Masks/mask_*.png`; copies with
-            `images/` and `masks/` and equal names are read too.
+    `root` is the folder with `bus_data.csv`, `Images/bus_*.png` and `Masks/mask_*.png`; copies with `images/`
+    and `masks/` and equal names are read too.
 
     Returns:
         DataFrame with the columns of `load_index` but `fold`; `group` is the patient's case number, and
@@ -417,13 +409,8 @@ def check_classes(rows: pd.DataFrame) -> None:
 def scored(index: pd.DataFrame, subset: str = "test", limit: int = 0) -> pd.DataFrame:
     """Return the images that a score counts: the first of each group of a subset, by name and number.
 
-    Args:
-        index: DataFrame from `split`.
-        subset: "train", "val" or "test".
-        limit: at most this many images, spread evenly over the subset; 0 means all.
-
-    Raises:
-        ValueError: the subset is empty, or `limit` is negative.
+    `index` is from `split`, `subset` "train", "val" or "test". With a `limit` there are at most so many,
+    spread evenly over the subset. ValueError where the subset is empty, or the limit negative.
     """
     rows = index[index.subset == subset]
     if rows.empty or limit < 0:

@@ -1,11 +1,9 @@
-"""Read any frame a user may bring, in any common form, and say what makes it unfit for the pipeline."""
+"""Read an image or a mask in any common form."""
 
 import contextlib
 import io
-import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -13,13 +11,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from helpers import dicom
-from helpers.dicom import LARGEST, ImageWarning, check_frame, told
+from helpers.dicom import LARGEST, check_frame, told
 
 SPECK = 20  # pixels; a smaller component of the ground truth is a slip of the annotator's pen
-SMALLEST = 64  # px: below it no lesion can be told from speckle
-COLOURED = 24  # of 255: how far the channels of a pixel may lie apart before it counts as coloured
-DOPPLER_SHARE = 0.05  # of coloured pixels: marks and logos stay below it
-PHOTO_SHARE = 0.5  # of coloured pixels: a colour box never fills a whole frame
 FEW_LEVELS = 4  # of a mask: each is meant; more come from soft edges or from JPEG
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's names
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
@@ -40,55 +34,30 @@ def read_image(path, frame: int | None = None, content: bytes | None = None) -> 
         ValueError: no image, cut off, deeper than 8 bits, or of several frames and none chosen; or a DICOM
             that is not ultrasound, or whose pixels can't be read.
     """
-    with _opened(path, content) as file:
-        if _is_dicom(path, file):
+    with opened(path, content) as file:
+        if is_dicom(path, file):
             return dicom.read(path, file, frame)
         return _rgb(open_image(path, frame, file))
 
 
-def read_noting(path, frame=None, content=None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return `read_image`'s image, and what it warned of."""
-    with warnings.catch_warnings(record=True) as noted:
-        warnings.simplefilter("always", ImageWarning)
-        image = read_image(path, frame, content)
-    return image, tuple(str(note.message) for note in noted if note.category is ImageWarning)
-
-
-def frame_numbers(path, frame=None, content=None) -> list[int | None]:
-    """Return which frames of a file `frame` chooses: a number, or "all"; [None] where the file has but one.
-
-    What can't be opened has [None] too: `read_image` says why.
-    """
-    if frame is None:
-        return [None]
-    with contextlib.suppress(Exception), _opened(path, content) as file:
-        if _is_dicom(path, file):
-            _, count = dicom.parse(path, file)
-        else:
-            count = getattr(Image.open(file, formats=FORMATS), "n_frames", 1)
-        if count > 1:
-            return list(range(count)) if frame == "all" else [frame]
-    return [None]
-
-
 @contextlib.contextmanager
-def _opened(path, content=None):
+def opened(path, content=None):
     if content is None and not Path(path).is_file():
         raise FileNotFoundError(f"no image file {path}; correct the path, or fetch the data set again")
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
         yield file
 
 
-def _is_dicom(path, file):
+def is_dicom(path, file):
     """Decide by the content: DICOM's mark, its first tag where that is missing, or what else it can be."""
     head = file.read(132)
     file.seek(0)
     if head[128:] == b"DICM" or re.match(rb"[\x02\x08]\0.\0", head, re.DOTALL):
         return True
-    return str(path).lower().endswith(DCM) and not _is_picture(file)
+    return str(path).lower().endswith(DCM) and not is_picture(file)
 
 
-def _is_picture(file):
+def is_picture(file):
     found = False
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         found = bool(Image.open(file, formats=FORMATS))
@@ -96,83 +65,13 @@ def _is_picture(file):
     return found
 
 
-def is_image(path) -> bool:
-    """Return whether a file is one to read: by its suffix, else by its content; a DICOMDIR is none."""
-    if Path(path).name == "DICOMDIR":
-        return False
-    if str(path).lower().endswith(SUFFIXES):
-        return True
-    with contextlib.suppress(OSError), _opened(path) as file:
-        return _is_dicom(path, file) or _is_picture(file)
-    return False
-
-
-def walk(folder, leave_out=()) -> Iterator[Path]:
-    """Yield the files of a folder and its subfolders in order, without dot files (macOS's `._*` too).
-
-    A link is followed where it leads out of the folder: what lies inside is found without it, and a loop
-    ends. `leave_out` are folders inside that are passed over, such as one's own output.
-    """
-    top = os.path.realpath(folder)
-    seen = {top, *map(os.path.realpath, leave_out)}
-
-    def fresh(path):
-        real = os.path.realpath(path) if path.is_symlink() or path.is_dir() else ""
-        if path.name[0] == "." or real in seen or path.is_symlink() and real.startswith(top + os.sep):
-            return False
-        seen.update([real] if real else [])
-        return True
-
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if fresh(Path(place, name))]
-        yield from filter(fresh, (Path(place, name) for name in sorted(names)))
-
-
-def check(image):
-    """Return the warnings about a frame, uint8 (H, W, 3) RGB: a tuple of str, empty for an ordinary one.
-
-    Raises:
-        ValueError: it can't be a B-mode frame at all: too small, of one or two grey levels, a photograph.
-    """
-    height, width = image.shape[:2]
-    if min(height, width) < SMALLEST:
-        raise ValueError(
-            f"an image of {width} x {height} pixels is too small to show a lesion; {SMALLEST} pixels "
-            "a side are needed"
-        )
-    levels = np.flatnonzero(np.bincount(image.ravel(), minlength=256))
-    if len(levels) == 1:
-        raise ValueError(f"every pixel of the image is {levels[0]}; it shows nothing")
-    if len(levels) == 2:
-        raise ValueError(
-            f"the image has two levels alone, {levels[0]} and {levels[1]}, as a mask has; give the frame"
-        )
-    small = cv2.resize(image, (256, 256), interpolation=cv2.INTER_AREA).astype(np.int16)
-    coloured = float((np.ptp(small, axis=2) > COLOURED).mean())
-    if coloured > PHOTO_SHARE:
-        raise ValueError(
-            f"{coloured:.0%} of the pixels are coloured: a photograph, or a screen in false colours; "
-            "give a grey B-mode frame"
-        )
-    if coloured > DOPPLER_SHARE:
-        return (
-            f"{coloured:.0%} of the pixels are coloured, as in colour Doppler: trained on grey B-mode "
-            "frames alone, so do not trust it",
-        )
-    return ()
-
-
 def read_mask(paths, shape):
-    """Join the mask files of one image.
+    """Join the mask files of one image: bool (H, W), True where any marks a lesion.
 
-    Args:
-        paths: mask files, grey or coloured, on black; or with the lesion in the alpha channel alone. Where a
-            file holds at most `FEW_LEVELS` levels, each above 0 is lesion (0/1, 0/255, 0/1/2, 0/127/255). Of
-            more levels, which soft edges and JPEG make, those above half of the brightest are.
-        shape: (H, W) of the image, or its (H, W, 3) shape.
-
-    Returns:
-        bool (H, W), True where any file marks a lesion; all False for a normal image.
+    Mask files are grey or coloured on black, or hold the lesion in the alpha channel alone. Where one has at
+    most `FEW_LEVELS` levels, each above 0 is lesion (0/1, 0/255, 0/1/2, 0/127/255). Of more levels, which
+    soft edges and JPEG make, those above half of the brightest are. `shape` is that of the image, (H, W) or
+    (H, W, 3).
 
     Raises:
         ValueError: a mask is cut off, of another size than the image, or what it marks can't be told.
@@ -220,7 +119,7 @@ def _ambiguous(path, what):
 
 def open_image(path, frame=None, file=None) -> Image.Image:
     """Open an image, or its open `file`, with Pillow: loaded, upright, 8 bits; raises as `read_image`."""
-    with _opened(path) if file is None else contextlib.nullcontext(file) as source:
+    with opened(path) if file is None else contextlib.nullcontext(file) as source:
         with told(path, *BROKEN):
             image = Image.open(source, formats=FORMATS)
             count = getattr(image, "n_frames", 1)

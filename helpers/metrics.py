@@ -91,16 +91,11 @@ def _batch(mask):
 
 
 def score(rows: pd.DataFrame, masks: dict, surface: bool = True) -> pd.DataFrame:
-    """Score predicted masks image by image, each at its image's own size.
-
-    Args:
-        rows: DataFrame as from `helpers.data.scored`.
-        masks: dict from image_id to bool (H, W), one for each row.
-        surface: as for `segmentation`.
+    """Score predicted masks, dict from image_id to bool (H, W), each at its image's own size.
 
     Returns:
-        DataFrame with the row labels of `rows`: `image_id`, `label`, `group`, `source` and the metrics of
-        `segmentation`.
+        DataFrame with the row labels of `rows` (as from `helpers.data.scored`): `image_id`, `label`, `group`,
+        `source` and the metrics of `segmentation`, whose `surface` is passed on.
 
     Raises:
         KeyError: a row has no mask; nothing is left out of a mean in silence.
@@ -155,18 +150,11 @@ def interval_text(mean: float, low: float, high: float, digits: str = ".3") -> s
 
 
 def bootstrap_interval(values, groups=None, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean, resampling groups and not images.
+    """95 % percentile bootstrap interval (low, high) of a mean, resampling groups and not images.
 
-    Args:
-        values: float (N,).
-        groups: (N,) labels; the images of one group are drawn together. None: each on its own.
-        seed: of the 9999 resamples.
-
-    Returns:
-        (low, high); the mean twice where a single group is left.
-
-    Raises:
-        ValueError: no values, or one that is not finite.
+    `values` are float (N,), `groups` (N,) labels: the images of one group are drawn together, 9999 times;
+    None: each on its own. Where a single group is left it is the mean twice. ValueError where there are no
+    values, or one is not finite.
     """
     from scipy.stats import bootstrap
 
@@ -218,9 +206,8 @@ def paired(after: pd.DataFrame, before: pd.DataFrame, seed: int = 0) -> pd.DataF
 def compare(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Compare configs with the config `baseline`, over seeds and images.
 
-    Args:
-        scores: DataFrame, one row per config, seed and image: `config`, `seed`, `image_id`, `group` and
-            `score`, as from `helpers.scale.search.read_test`.
+    `scores` has one row per config, seed and image: `config`, `seed`, `image_id`, `group` and `score`, as
+    from `helpers.scale.search.read_test`.
 
     Returns:
         DataFrame, one row per config: `config`, a column per seed, `mean`, `low` and `high` (the interval
@@ -246,18 +233,11 @@ def compare(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def jitter_curve(
     rows, boxes, predict, name, pixels=(0, 5, 10, 15, 20, 25, 30), seed=0, inward=False
 ) -> pd.DataFrame:
-    """Mean Dice against the size of the box error.
+    """Mean Dice with its 95 % interval against the largest shift of each side of the box, in pixels.
 
-    Args:
-        rows: DataFrame as from `helpers.data.scored`.
-        boxes: dict from image_id to the box of the truth.
-        predict: function from a dict of boxes to a dict of bool (H, W) masks.
-        name: of the line.
-        pixels: largest shift of each side, one point of the curve each.
-        seed, inward: as for `helpers.prompts.jitter_box`; the seed is also that of the intervals.
-
-    Returns:
-        DataFrame with `pixels`, `name`, `mean`, `low`, `high` and `source`.
+    `boxes` are those of the truth by image_id, `predict` leads from such a dict to one of bool (H, W) masks,
+    and `name` is the line's. For `seed`, which is also that of the intervals, and `inward` see
+    `helpers.prompts.jitter_box`. Returns a DataFrame with `pixels`, `name`, `mean`, `low`, `high`, `source`.
     """
     points = []
     for shift in pixels:

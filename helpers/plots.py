@@ -119,14 +119,11 @@ def groups_side_by_side(rows: pd.DataFrame, title: str) -> Figure:
 
 
 def overlays(rows: pd.DataFrame, masks, title, boxes=None, scores=None) -> Figure:
-    """Images with the outlines of truth and prediction, and the box of the prompt.
+    """Images of the rows of an index with the outlines of truth and prediction, and the box of the prompt.
 
-    Args:
-        rows: rows of an index, in reading order.
-        masks: dict from image_id to bool (H, W); or two of them, before and after fine-tuning.
-        title: of the figure.
-        boxes: dict from image_id to (4,), or None.
-        scores: DataFrame from `helpers.metrics.score`, or two; their Dice goes into the captions.
+    `masks` is a dict from image_id to bool (H, W), or two of them, before and after fine-tuning; `boxes` one
+    to (4,). The Dice of `scores`, from `helpers.metrics.score`, goes into the captions; two where there are
+    two.
     """
     figure, cells = grid(len(rows), 3)
     *before, after = [masks] if isinstance(masks, dict) else masks
@@ -162,10 +159,8 @@ def from_image_to_mask(row, box, probability: np.ndarray) -> Figure:
 def training_curves(history: pd.DataFrame, columns=DICE_CURVES, title="Training") -> Figure:
     """One panel per figure of a training, on training and validation images, over the epochs.
 
-    Args:
-        history: DataFrame from a `fit`.
-        columns: dict from a column of `history`, without its "train_" or "val_", to the axis' label.
-        title: of the figure.
+    `history` is from a `fit`; `columns` leads from its columns, without "train_" or "val_", to an axis'
+    label.
     """
     figure, cells = _panels(len(columns), 4.5, 3.4)
     best = history[history.best].iloc[0]

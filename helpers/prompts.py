@@ -74,13 +74,11 @@ def jitter_box(box, shape: tuple, pixels: float, key, seed: int = 0, inward: boo
     """Move each side of a box by its own random distance, as in a box that is drawn in haste.
 
     Args:
-        box: (4,) x_min, y_min, x_max, y_max in pixels.
-        shape: (H, W) of the image; the box stays inside it.
-        pixels: the largest distance; each side moves by a uniform 0 to `pixels`, outwards. MedSAM trains
-            with 20 (J. Ma et al., Nature Communications 15 (2024) 654).
+        box: (4,) x_min, y_min, x_max, y_max in pixels. It stays inside the image of `shape` (H, W).
+        pixels: the largest distance; each side moves outwards by a uniform 0 to `pixels`, or with `inward` by
+            -`pixels` to `pixels`, which may cut the lesion. MedSAM trains with 20 (J. Ma et al., Nature
+            Communications 15 (2024) 654).
         key: names the image, so that its jitter does not depend on which others are scored.
-        seed: of the jitter.
-        inward: each side moves by -`pixels` to `pixels` instead, so that it may cut the lesion.
 
     Returns:
         float32 (4,), at least 2 pixels wide and high.

@@ -40,18 +40,14 @@ def make_busi(root: str | Path, images_per_class: int, seed: int = 0) -> Path:
     smaller one.
 
     Args:
-        root: the folder to make; it may be absent or empty, or hold this very set.
-        images_per_class: images in each of benign, malignant and normal. From 6 on every flaw of BUSI occurs;
-            from 8 on five groups are left per class without the `multiclass` images.
-        seed: non-negative int.
+        root: the folder to make; it may be absent or empty, or hold this very set (else FileExistsError).
+        images_per_class: images in each of benign, malignant and normal, at least 1 (else ValueError). From 6
+            on every flaw of BUSI occurs; from 8 on five groups are left per class without the `multiclass`
+            images.
 
     Returns:
         `root`, with `Dataset_BUSI_with_GT/<class>/`, `busi_groups.csv` and, as the sign of a synthetic set,
         `synthetic.json`.
-
-    Raises:
-        ValueError: `images_per_class` is below 1.
-        FileExistsError: `root` holds something else.
     """
     if images_per_class < 1:
         raise ValueError(f"images_per_class is {images_per_class}; it must be at least 1")
@@ -444,11 +440,8 @@ def _speckle(rng, amplitude):
 def burn_in(image: np.ndarray, masks: list, marks, colour: bool, rng) -> np.ndarray:
     """Draw marks into a frame, uint8 (H, W) or (H, W, 3), as operators do.
 
-    Args:
-        masks: list of bool (H, W); calipers are set on the first.
-        marks: of "measurement", "text" and "pictogram".
-        colour: whether the ink is yellow; a grey frame is then returned as (H, W, 3).
-        rng: numpy Generator.
+    `marks` are of "measurement" (calipers on the first of `masks`, bool (H, W)), "text" and "pictogram". With
+    `colour` the ink is yellow, and a grey frame is returned as (H, W, 3). `rng` is a numpy Generator.
     """
     image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if colour and image.ndim == 2 else image.copy()
     ink = (230, 220, 60) if colour else (235, 235, 235)

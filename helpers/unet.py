@@ -261,20 +261,17 @@ def fit(
 
     Args:
         train: rows of an index; normal images take part with their empty mask.
-        val: rows of an index to choose the epoch by; never the test fold.
-        folder: for the runs; "" is `helpers.cache.folder()`.
+        val: rows of an index to choose the epoch by; never the test fold. ValueError where groups lie in
+            both.
+        folder: for the runs; "" is `helpers.cache.folder()`. OSError where it can't be written to.
         report: as for `helpers.training.fit`.
-        config: the fields of `Config`.
+        config: the fields of `Config`; ValueError where one is out of its limits.
 
     Returns:
         The network, and one row per epoch from 1: `epoch`, `loss`, `dice` (on the network's own grid, normal
         images included) and, with the loss "mse", Keras' `mean_iou`, each as `train_` (of augmented images)
-        and `val_`; `seconds`, `best` (the epoch that is kept), `source`.
-
-    Raises:
-        ValueError: a config out of its limits, or groups that lie in both sets.
-        FloatingPointError: the loss is no finite number.
-        OSError: the folder can't be written to.
+        and `val_`; `seconds`, `best` (the epoch that is kept), `source`. FloatingPointError where the loss is
+        no finite number.
     """
     config = Config(**config)
     data.check_apart(train, val)

@@ -138,20 +138,16 @@ def fit(
     """Train a VGG-16, and keep the epoch with the lowest loss on `val`; see `helpers.training.fit`.
 
     Args:
-        train, val: rows of an index; `val` is never the test fold.
+        train, val: rows of an index; `val` is never the test fold. ValueError where `train` lacks a class, or
+            a group lies in both.
         masks: as for `pictures`.
-        folder: for the runs; "" is `helpers.cache.folder()`.
-        report: as for `helpers.training.fit`.
-        config: the fields of `Config`.
+        folder, report: as for `helpers.unet.fit`.
+        config: the fields of `Config`; ValueError where one is out of its limits.
 
     Returns:
-        (network, DataFrame). The frame has one row per epoch from 1: `epoch`, `learning_rate`,
-        `train_loss` (weighted by class) and `train_accuracy`, both of augmented images and with dropout,
-        `val_loss` (cross entropy), `val_accuracy`, `seconds`, `best` and `source`.
-
-    Raises:
-        ValueError: a config out of its limits, a class that `train` lacks, groups that lie in both sets.
-        FloatingPointError, MemoryError, OSError: as from `helpers.training.fit`.
+        (network, DataFrame). The frame has one row per epoch from 1: `epoch`, `learning_rate`, `train_loss`
+        (weighted by class) and `train_accuracy`, both of augmented images and with dropout, `val_loss` (cross
+        entropy), `val_accuracy`, `seconds`, `best` and `source`.
     """
     settings = Config(**config)
     data.check_apart(train, val)

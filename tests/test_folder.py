@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from test_images import dicom
 
-from helpers import images, pipeline
-from helpers.pipeline import cli
+from helpers import pipeline
+from helpers.pipeline import cli, files
 
 PYDICOM = Path(pydicom.__file__).parent / "data"
 # One of each kind of pixels: depth, colour, compression, byte order, frames.
@@ -33,7 +33,7 @@ class Half:
     """Stands in for a pipeline: the left half is lesion."""
 
     def segment(self, image):
-        warned = images.check(image)
+        warned = files.check(image)
         mask = np.zeros(image.shape[:2], bool)
         mask[:, : image.shape[1] // 2] = True
         boxes = np.array([[0, 0, image.shape[1] // 2 - 1, image.shape[0] - 1]])
@@ -107,7 +107,7 @@ def test_a_locale_without_utf_8(folder, tmp_path):
     (folder / "good.png").rename(folder / "mamă-é.png")
     (folder / "kaputt-ü.png").write_text("nothing")
     script = (
-        "import sys, test_folder; from helpers import pipeline; from helpers.pipeline import cli; "
+        "import sys, test_folder; from helpers import pipeline; from helpers.pipeline import cli, files; "
         f"pipeline.load = lambda weights: test_folder.Half(); sys.exit(cli.main([{str(folder)!r}, '--out', "
         f"{str(tmp_path / 'out')!r}]))"
     )
@@ -282,7 +282,7 @@ def attempt(path, content):
     """Return the image, or the message of a ValueError; a warning would be an error."""
     try:
         with warnings.catch_warnings(action="error"):
-            return images.read_noting(path, images.frame_numbers(path, 0, content)[0], content)[0]
+            return files.read_noting(path, files.frame_numbers(path, 0, content)[0], content)[0]
     except ValueError as error:
         return str(error)
 

@@ -10,6 +10,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
 
 from helpers import images
+from helpers.pipeline import files
 
 
 @pytest.fixture
@@ -117,12 +118,12 @@ def test_of_several_frames_one_is_chosen(tmp_path, pages, suffix):
         images.read_image(path, frame=3)
     found = images.read_image(path, frame=1)
     assert np.abs(found.astype(int) - pages[1]).max() <= (4 if suffix == "gif" else 0)
-    assert images.frame_numbers(path, "all") == [0, 1, 2]
-    assert images.frame_numbers(path, 1) == [1]
-    assert images.frame_numbers(path) == [None]
+    assert files.frame_numbers(path, "all") == [0, 1, 2]
+    assert files.frame_numbers(path, 1) == [1]
+    assert files.frame_numbers(path) == [None]
     Image.fromarray(pages[0]).save(tmp_path / "one.png")
-    assert images.frame_numbers(tmp_path / "one.png", "all") == [None]
-    assert images.frame_numbers(tmp_path / "one.png", 1) == [None]
+    assert files.frame_numbers(tmp_path / "one.png", "all") == [None]
+    assert files.frame_numbers(tmp_path / "one.png", 1) == [None]
 
 
 # Depth, as BMP's and TIFF's decoders know it by numbers that contain 16
@@ -282,9 +283,9 @@ def test_what_is_not_ultrasound_is_refused(tmp_path, frame, modality):
 
 def test_a_modality_that_is_not_stated_is_warned_of(tmp_path, frame):
     path = dicom(tmp_path / "a.dcm", frame, Modality="")
-    with pytest.warns(images.ImageWarning, match="a.dcm does not say its modality"):
+    with pytest.warns(files.ImageWarning, match="a.dcm does not say its modality"):
         images.read_image(path)
-    found, (note,) = images.read_noting(path)
+    found, (note,) = files.read_noting(path)
     assert "does not say its modality" in note
     assert (found == frame[..., None]).all()
 
@@ -351,13 +352,13 @@ def test_what_is_no_image_is_refused(tmp_path, frame):
 
 
 def test_an_ordinary_frame_passes(frame):
-    assert images.check(np.repeat(frame[..., None], 3, axis=2)) == ()
+    assert files.check(np.repeat(frame[..., None], 3, axis=2)) == ()
 
 
 def test_doppler_is_warned_of(frame):
     image = np.repeat(frame[..., None], 3, axis=2)
     image[20:60, 20:70] = [220, 40, 30]
-    (warning,) = images.check(image)
+    (warning,) = files.check(image)
     assert "Doppler" in warning
 
 
@@ -372,4 +373,4 @@ def test_doppler_is_warned_of(frame):
 )
 def test_what_cannot_be_a_frame_is_refused(image, words):
     with pytest.raises(ValueError, match=words):
-        images.check(image)
+        files.check(image)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import cache, data, images, sam
-from helpers.pipeline import detector, diagnosis
+from helpers.pipeline import detector, diagnosis, files
 
 VERSION = 2
 SETTINGS = "pipeline.json"
@@ -101,7 +101,7 @@ class Pipeline:
             ValueError: no uint8 RGB image, or one that can't be a B-mode frame.
         """
         sam.check_image(image)
-        warnings = images.check(image)
+        warnings = files.check(image)
         embedding = embedding or self.segmenter.embed([image])[0]
         lesion_map, detected = self._detect(image, embedding)
         if mirror:

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from helpers import cache, data, dicom, images, pipeline
+from helpers.pipeline.files import frame_numbers, is_image, read_noting, walk
 
 COLUMNS = ("file", "frame", "mask", "answer", *data.LABELS, "prediction_set", "lesions", "area_share")
 COLUMNS += ("confidence", "boxes", "warnings", "error")
@@ -57,8 +58,8 @@ def find(paths: list[Path], out: Path) -> list[Path]:
     others: collections.Counter = collections.Counter()
     for path in paths:
         own = [out / name for name in FOLDERS]
-        for file in images.walk(path, own) if path.is_dir() else [path]:
-            if file is path or images.is_image(file):
+        for file in walk(path, own) if path.is_dir() else [path]:
+            if file is path or is_image(file):
                 files.setdefault(os.path.abspath(file), file)
             else:
                 others[file.suffix.lower() or "no suffix"] += 1
@@ -78,7 +79,7 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
     """Segment files one at a time; write masks, overlays and `findings.csv` into the folder `out`.
 
     The three replace those of an earlier run together, at the end. Each frame that `frame` chooses (see
-    `helpers.images.frame_numbers`) gets a line. A file that can't be read gets one with its error, and is
+    `frame_numbers`) gets a line. A file that can't be read gets one with its error, and is
     named at the end. Returns 1 where a file failed, else 0.
     """
     failed: list[str] = []
@@ -96,10 +97,10 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
         lines = csv.DictWriter(file, COLUMNS)
         lines.writeheader()
         for path in tqdm(files, unit="image", file=sys.stdout):
-            for number in images.frame_numbers(path, frame):
+            for number in frame_numbers(path, frame):
                 line: dict = {"file": str(path), "frame": number}
                 try:
-                    image, notes = images.read_noting(path, number)
+                    image, notes = read_noting(path, number)
                     finding = pipe.segment(image)
                     name = free_name(path.stem if number is None else f"{path.stem}-frame-{number}", used)
                     Image.fromarray(np.uint8(finding.mask) * 255).save(folders["masks"] / name)

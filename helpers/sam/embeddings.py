@@ -46,15 +46,9 @@ def embed_rows(
 ) -> dict[str, StoredEmbedding]:
     """Embed the images of an index; what lies in the cache is not embedded again.
 
-    A damaged file is made anew, a stopped call is resumed, and several processes may fill one folder. Raises
-    OSError where it can't be written to.
-
-    Args:
-        segmenter: helpers.sam.Segmenter.
-        rows: rows of an index.
-        folder: of the cache; "" is `helpers.cache.folder()`.
-        augmentation, seed: as for `helpers.augment.augment`; augmentation 0 is the image itself.
-        quiet: show no progress.
+    A damaged file is made anew, a stopped call is resumed, and several processes may fill one folder ("" is
+    `helpers.cache.folder()`). Raises OSError where it can't be written to. `augmentation` and `seed` are as
+    for `helpers.augment.augment`; augmentation 0 is the image itself.
 
     Returns:
         dict from image_id to StoredEmbedding, in the order of `rows`.

@@ -71,18 +71,14 @@ def fit(segmenter, train, val, folder="", report=None, **config) -> pd.DataFrame
         train: rows of an index. Rows with an empty mask are left out, counted and named.
         val: rows of an index to choose the epoch by; never the test fold.
         folder: for embeddings and runs; "" is `helpers.cache.folder()`.
-        report: as for `helpers.training.fit`.
-        config: the fields of `Config`.
+        report: as for `helpers.training.fit`, whose further errors are raised.
+        config: the fields of `Config`; ValueError where one is out of its limits.
 
     Returns:
         One row per epoch from 0: `epoch`, `learning_rate`, `train_loss` and `val_loss` (the chosen loss),
         `train_dice_loss` and `val_dice_loss` (MONAI's soft Dice loss, whatever the chosen one), `train_dice`
         (score on the network's own grid, before each step), `val_dice` (mean score at the images' own size),
         `seconds`, `best` (True for the epoch that is kept) and `source`. Epoch 0 was not trained: NaN.
-
-    Raises:
-        ValueError: a config out of its limits, no image with a lesion, images that are in both sets.
-        FloatingPointError, MemoryError, OSError: as from `helpers.training.fit`.
     """
     config = Config(**config)
     data.check_apart(train, val)

@@ -34,8 +34,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from helpers import cache, data, dicom, images, pipeline
-from helpers.pipeline import cli
+from helpers import cache, data, dicom, pipeline
+from helpers.pipeline import cli, files
 from helpers.scale import ray_cluster, shards
 
 VERSION = 3
@@ -291,7 +291,7 @@ class Worker:
             numbers = [None]
             if self.frame is not None:
                 with contextlib.suppress(OSError):  # it is told when the image is read
-                    numbers = images.frame_numbers(name, self.frame, content() or b"")
+                    numbers = files.frame_numbers(name, self.frame, content() or b"")
             yield from ((name, number, content) for number in numbers)
 
     def work(self, shard):
@@ -309,7 +309,7 @@ class Worker:
                 try:
                     if (found := content()) is None:
                         raise ValueError("the row holds no image")
-                    image, notes = images.read_noting(name, number, found)
+                    image, notes = files.read_noting(name, number, found)
                     embedding = model.segmenter.embed([image])[0]
                     finding = model.segment(image, embedding)
                     row |= pipeline.summary(finding)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from helpers import cache, images
 from helpers.dicom import cause
+from helpers.pipeline import files
 
 NAME = "name"  # the column of names, where no other is given
 READ = 16  # rows of Parquet that are read at once
@@ -70,7 +71,7 @@ def cut(system, root, columns, batch, leave_out=()) -> tuple[list[Shard], str]:
     sizes = {"": info.size} if single else _sizes(system, root, leave_out)
     tables = sorted(name for name in sizes if f"{root}/{name}".rstrip("/").lower().endswith(".parquet"))
     local = isinstance(system, pa.fs.LocalFileSystem) and not tables
-    known = images.is_image if local and not single else lambda path: path.lower().endswith(images.SUFFIXES)
+    known = files.is_image if local and not single else lambda path: path.lower().endswith(images.SUFFIXES)
     names = sorted(name for name in sizes if known(f"{root}/{name}"))
     if (names and tables) or not (names or tables):
         counts = f"holds {len(tables)} Parquet files and {len(names)} images"
@@ -101,7 +102,7 @@ def cut(system, root, columns, batch, leave_out=()) -> tuple[list[Shard], str]:
 def _sizes(system, root, leave_out):
     """Return the size of each file below a folder or bucket path, by its name there."""
     if isinstance(system, pa.fs.LocalFileSystem):
-        found = ((path.relative_to(root).as_posix(), path) for path in images.walk(root, leave_out))
+        found = ((path.relative_to(root).as_posix(), path) for path in files.walk(root, leave_out))
         return {name: path.stat().st_size for name, path in found if path.is_file()}
     found = system.get_file_info(pa.fs.FileSelector(root, recursive=True))
     hidden = tuple(f"{folder}/" for folder in leave_out)
