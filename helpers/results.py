@@ -37,7 +37,7 @@ FROM_THE_TRUTH = (*PROMPTS[2:], *INPUTS[2:])
 def folder(path: str | Path = "") -> Path:
     """Return the folder of result files: `path`, else `results/` of the checkout, else of here."""
     if path:
-        return Path(path)
+        return Path(path).expanduser()
     checkout = Path(__file__).resolve().parent.parent
     return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
 
@@ -64,6 +64,8 @@ def device_name(device="cpu") -> str:
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "mps":
+        return f"Apple GPU, {platform.machine()}"
     return f"CPU, {os.cpu_count()} cores"
 
 
