@@ -12,7 +12,6 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import gaussian_blur
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +103,8 @@ def augment_batch(
     pixels = parts[0].clamp(min=1e-4) ** gamma * gain
     pixels = torch.lerp(pixels.mean((1, 2, 3), keepdim=True), pixels, contrast)
     if ranges.blur:
+        from torchvision.transforms.functional import gaussian_blur
+
         largest = ranges.blur * min(height, width)
         size = 2 * [2 * math.ceil(3 * largest) + 1]
         drawn = (largest * torch.rand(count, generator=generator)).clamp(min=1e-3).tolist()

@@ -34,35 +34,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 
 from helpers import cache
 from helpers.devices import memory_advice
-from helpers.params import check, limited
+from helpers.params import TrainingConfig as Config
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
 }
-SCHEDULES = ("constant", "linear", "cosine", "one cycle")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What every training has; a subclass adds its own fields and defaults (with `limited` again)."""
-
-    epochs: int = limited(20, at_least=1)  # passes over the training images
-    learning_rate: float = limited(1e-3, above=0)  # at the start; with "one cycle" at the peak
-    weight_decay: float = limited(0.0, at_least=0)
-    batch_size: int = limited(8, at_least=1)  # images per step, over all processes; batches differ by one
-    optimizer: str = limited("adamw", options=tuple(OPTIMIZERS))  # "sgd" has a momentum of 0.9
-    # of the learning rate, by steps: "linear" and "cosine" go down to 0, "one cycle" up over the first
-    # fifth, then down (L. Smith, 2018)
-    schedule: str = limited("constant", options=SCHEDULES)
-    # decay of an exponential moving average of the weights, which is then validated and kept; 0 for none
-    average: float = limited(0.0, at_least=0, below=1)
-    max_grad_norm: float = limited(0.0, at_least=0)  # what gradients are cut to; 0 leaves them
-    seed: int = 0  # of the order, and of what network and training set draw from torch's generator
-
-    def __post_init__(self):
-        check(self)
 
 
 def fit(

@@ -19,7 +19,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from helpers import augment, cache, data, training
 from helpers.devices import default_device, multiplies_bfloat16
-from helpers.params import limited
+from helpers.params import SCHEDULES, limited
 
 VERSION = 3  # raise it with every change that gives other numbers: older runs are then not resumed
 WRITE_EVERY = 300  # seconds between two checkpoints, which take 2 GB each
@@ -38,7 +38,7 @@ class Config(training.Config):
     learning_rate: float = limited(None, above=0)  # at the start; None: `RATES`
     weight_decay: float = limited(1e-2, at_least=0)
     batch_size: int = limited(16, at_least=1)
-    schedule: str = limited("cosine", options=training.SCHEDULES)
+    schedule: str = limited("cosine", options=SCHEDULES)
     max_grad_norm: float = limited(5.0, at_least=0)
     # "imagenet" (torchvision's, downloaded), "synthetic" (a run of its own on synthetic images without masks:
     # `pretrain_images` per class, `pretrain_epochs` passes) or "scratch"

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers import augment, cache, data, synthetic, training
+from helpers import augment, cache, data, synthetic
 from helpers.devices import default_device
-from helpers.params import limited
+from helpers.params import SCHEDULES, TrainingConfig, limited
 from helpers.sam import embeddings
 
 VERSION = 4  # raise it with every change that gives other numbers: older runs are then made again
@@ -32,7 +32,7 @@ FROZEN = 2  # of these, and the stem: left as ImageNet made them, which halves t
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Config):
+class Config(TrainingConfig):
     """What a detector depends on besides the data: the fields of `helpers.training.Config`, and these.
 
     The learning rate rises and falls once. The last averaged weights are kept: no image has to choose.
@@ -51,7 +51,7 @@ class Config(training.Config):
 
     epochs: int = limited(12, at_least=1)
     weight_decay: float = limited(1e-2, at_least=0)
-    schedule: str = limited("one cycle", options=training.SCHEDULES)
+    schedule: str = limited("one cycle", options=SCHEDULES)
     average: float = limited(0.99, at_least=0, below=1)
     max_grad_norm: float = limited(1.0, at_least=0)
     pretrain_images: int = 500
@@ -276,6 +276,8 @@ def _pretrain(channels, folder, bfloat16, config):
 
 
 def _train(channels, train_set, config, origin, folder, bfloat16):
+    from helpers import training  # which takes seconds, and who only predicts needs none of it
+
     device = torch.device(default_device())
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

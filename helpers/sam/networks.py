@@ -238,10 +238,9 @@ def pretrained(source):
         )
     try:
         with _quiet_transformers():
+            options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, found = SamModel.from_pretrained(source, dtype=torch.float32, **options)
             family = SamConfig.get_config_dict(source)[0].get("model_type", "sam")
-            if family == "sam":
-                options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-                model, found = SamModel.from_pretrained(source, dtype=torch.float32, **options)
     except SafetensorError as error:
         raise ValueError(f"checkpoint {source!r} is cut off or altered ({error}); fetch it again") from error
     except OSError as error:
