@@ -2,10 +2,17 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast lint format pipeline table links benchmark clean
+.PHONY: help demo lab run test test-fast lint format pipeline table links benchmark clean
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/installed ## one simulated frame through the pipeline, into demo/: 15 seconds; IMAGE=my.png for your own
+	@test -n "$(IMAGE)" || .venv/bin/python -c 'from helpers import synthetic; synthetic.make_busi("demo/frames", 1)'
+	.venv/bin/python -m helpers.pipeline "$(or $(IMAGE),demo/frames/Dataset_BUSI_with_GT/benign/benign (1).png)" --out demo
+
+lab: .venv/installed ## open the notebooks in JupyterLab
+	.venv/bin/jupyter lab notebooks
 
 run: .venv/installed ## execute the notebooks into executed/, with index.html: about 4 hours
 	@echo "Executing the notebooks into executed/: about 4 hours on 2 cores, and the download of BUSI"
@@ -53,8 +60,8 @@ benchmark: .venv/installed ## time embedding, fine-tuning, the U-Net's input, th
 	.venv/bin/python tests/benchmarks/search.py
 	.venv/bin/python tests/benchmarks/bulk.py
 
-clean: ## remove .venv, executed/ and build/
-	rm -rf .venv executed build
+clean: ## remove .venv, executed/, demo/ and build/
+	rm -rf .venv executed demo build
 
 .venv/installed: requirements.txt requirements-scale.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; say make PYTHON=python3.12 ...")'
