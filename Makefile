@@ -7,7 +7,7 @@ PYTHON ?= python3
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/installed ## one simulated frame through the pipeline, into demo/: 15 seconds; IMAGE=my.png for your own
+demo: .venv/installed ## one simulated frame through the pipeline, into demo/: about 20 seconds; IMAGE=my.png for your own
 	@test -n "$(IMAGE)" || .venv/bin/python -c 'from helpers import synthetic; synthetic.make_busi("demo/frames", 1)'
 	.venv/bin/python -m helpers.pipeline "$(or $(IMAGE),demo/frames/Dataset_BUSI_with_GT/benign/benign (1).png)" --out demo
 
@@ -18,8 +18,8 @@ run: .venv/installed ## execute the notebooks into executed/, with index.html: a
 	@echo "Executing the notebooks into executed/: about 4 hours on 2 cores, and the download of BUSI"
 	.venv/bin/python notebooks/execute.py
 
-test: .venv/installed ## test everything, each notebook included: about 7 minutes on 2 cores
-	@echo "Testing helpers/ and every notebook on synthetic images: about 7 minutes on 2 cores"
+test: .venv/installed ## test everything, each notebook included: about 8 minutes on 2 cores
+	@echo "Testing helpers/ and every notebook on synthetic images: about 8 minutes on 2 cores"
 	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 
 test-fast: .venv/installed ## test helpers/ without notebooks, Ray and kills: under a minute on 2 cores

@@ -70,8 +70,7 @@ def augment(
 def augment_batch(
     pixels: torch.Tensor, *maps: torch.Tensor, ranges: Ranges, generator=None
 ) -> list[torch.Tensor]:
-    """Augment each image of a batch in its own way, and move its maps alike; 0 where the frame does not
-    reach.
+    """Augment each image of a batch in its own way, and move its maps alike: 0 where no frame reaches.
 
     Args:
         pixels: float (N, C, H, W) from 0 to 1. A rotation is one in these pixels.

@@ -80,7 +80,7 @@ def _dataset_folder(root, source):
         if whole:
             return whole[0]
         nearest = max([nearest, *level], key=lambda folder: len(_class_folders(folder)))
-        level = [path for folder in level for path in sorted(folder.glob("[!.]*/"))]
+        level = [path for folder in level for path in sorted(folder.glob("[!._]*/"))]  # no __MACOSX
     missing = ", ".join(label for label in LABELS if label not in _class_folders(nearest))
     found = sorted(path.name for path in nearest.iterdir())[:6]
     raise FileNotFoundError(
@@ -118,22 +118,21 @@ def load_index(root: str | Path | None = None) -> pd.DataFrame:
     """
     folder = find_busi(root)
     is_synthetic = (folder.parent / synthetic.MARKER).is_file()  # such a set brings its own table
-    place = folder.parent if is_synthetic else resources.files("helpers")
-    with (place / "busi_groups.csv").open(encoding="utf-8") as lines:
+    beside = folder.parent if is_synthetic else resources.files("helpers")
+    with (beside / "busi_groups.csv").open(encoding="utf-8") as lines:
         table = pd.read_csv(lines, keep_default_na=False)
     images, masks = {}, {}  # of each image id: the image's path, and the tuple of its masks' paths
-    for path in (path for place in _class_folders(folder).values() for path in sorted(place.rglob("*"))):
-        if path.name[0] == "." or not path.name.lower().endswith(SUFFIXES):
-            continue
-        mask = re.fullmatch(r"(.+)_mask(_\d+)?", path.stem) or (
-            path.parent.name.lower() == "masks" and re.fullmatch("(.+)", path.stem)  # by the folder
-        )
-        if mask:
-            masks[mask[1]] = (*masks.get(mask[1], ()), path)
-        elif path.stem in images:
-            raise ValueError(f"{images[path.stem]} and {path} are the same image; take one of them out")
-        else:
-            images[path.stem] = path
+    for place in _class_folders(folder).values():
+        for path in sorted(place.rglob("*")):
+            if "/." in path.relative_to(place.parent).as_posix() or not path.name.lower().endswith(SUFFIXES):
+                continue  # hidden, or no image
+            name = re.sub(r"_mask(_\d+)?$", "", path.stem)
+            if name != path.stem or path.parent.name.lower() == "masks":
+                masks[name] = (*masks.get(name, ()), path)
+            elif name in images:
+                raise ValueError(f"{images[name]} and {path} are the same image; take one of them out")
+            else:
+                images[name] = path
     _check_complete(folder, table, images, masks)
     index = table.rename(columns={"image": "image_id", "class": "label"}).assign(
         image_path=table.image.map(images),

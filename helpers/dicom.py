@@ -13,6 +13,7 @@ import numpy as np
 
 MPEG = "1.2.840.10008.1.2.4.10"  # begins the transfer syntaxes of MPEG-2, MPEG-4 and HEVC
 LARGEST = 80_000_000  # pixels: a small file may hold so many that they fill the memory
+MOST = 100_000  # frames: no loop is so long, and a damaged number may be a thousand million
 WINDOW = ("WindowCenter", "WindowWidth")
 ASPECT = 4  # a pixel is at most so many times as high as wide, or as wide as high
 
@@ -36,7 +37,7 @@ def check_frame(path, frame, count) -> int:
 def cause(error: Exception) -> str:
     """Return an exception's message, or its kind where it has none: one line of at most 400 characters."""
     text = str(error).encode("utf-8", "backslashreplace").decode()  # a file name in it may be no UTF-8
-    return " ".join(re.sub("<.*>", "", text).split())[:400] or type(error).__name__
+    return " ".join(re.sub("<[^>]*>", "", text).split())[:400] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -74,7 +75,9 @@ def parse(path, file):
             kind = ("Explicit", "Implicit")[dataset.original_encoding[0]]
             dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, f"{kind}VRLittleEndian")
     with told(path, "can't be decoded", _remedy(dataset)):
-        return dataset, int(dataset.get("NumberOfFrames", None) or 1)
+        if (count := int(dataset.get("NumberOfFrames", None) or 1)) > MOST:
+            raise ValueError(f"it states {count} frames")
+        return dataset, count
 
 
 def _remedy(dataset):

@@ -42,6 +42,7 @@ def read_image(path, frame: int | None = None, content: bytes | None = None) -> 
 
 @contextlib.contextmanager
 def opened(path, content=None):
+    """Open a file, or its `content`, to read bytes; FileNotFoundError where there is none."""
     if content is None and not Path(path).is_file():
         raise FileNotFoundError(f"no image file {path}; correct the path, or fetch the data set again")
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
@@ -58,6 +59,7 @@ def is_dicom(path, file):
 
 
 def is_picture(file):
+    """Return whether Pillow knows an open file by its first bytes."""
     found = False
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         found = bool(Image.open(file, formats=FORMATS))
@@ -85,13 +87,12 @@ def read_mask(paths, shape):
                 f"{joined.shape[0]}; fetch the pair again, never resize a mask to fit"
             )
         marked = _marked(path, _rgb(image).max(axis=2), image.format)
-        if image.has_transparency_data:
-            alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-            if np.ptp(alpha):
-                in_alpha = _marked(path, alpha, image.format)
-                if marked.any() and (marked != in_alpha).any():
-                    raise _ambiguous(path, "marks one thing in its colours and another in its alpha channel")
-                marked = in_alpha
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        if np.ptp(alpha):
+            in_alpha = _marked(path, alpha, image.format)
+            if marked.any() and (marked != in_alpha).any():
+                raise _ambiguous(path, "marks one thing in its colours and another in its alpha channel")
+            marked = in_alpha
         joined |= marked
     return joined
 
@@ -155,8 +156,7 @@ def _is_deep(image):
 def _rgb(image):
     """Return a Pillow image as uint8 (H, W, 3), on black where it is transparent."""
     if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(black, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     return np.array(image.convert("RGB"))
 
 

@@ -132,6 +132,7 @@ def test_every_image_of_every_subfolder_is_done_once(run, folder, frame, capsys)
     (folder / "loop").symlink_to(folder)
     (folder / "again.png").symlink_to(folder / "good.png")
     os.mkfifo(folder / "pipe")
+    (folder / "gone").symlink_to(folder / "never was")
     code, table = run(folder)
     assert code == 0
     assert table.error.isna().all()
@@ -147,7 +148,7 @@ def test_every_image_of_every_subfolder_is_done_once(run, folder, frame, capsys)
         "patient 1/good.png",
     ]
     assert len(set(table["mask"])) == 8
-    assert "passed over, for they are no images: 2 no suffix, 2 .txt, 1 .pdf" in capsys.readouterr().out
+    assert "passed over, for they are no images: 3 no suffix, 2 .txt, 1 .pdf" in capsys.readouterr().out
 
 
 def test_a_link_out_of_the_folder_is_followed(run, folder, tmp_path, frame):

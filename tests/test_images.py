@@ -184,7 +184,7 @@ def test_a_turned_frame_is_read_upright(tmp_path, orientation, suffix):
     assert np.abs(found - upright).mean() < 1
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_is_black(tmp_path, mode):
     values = np.full((80, 90), 200, np.uint8)
     values[:40] = 90  # what lies under the transparent half
@@ -195,9 +195,6 @@ def test_what_is_transparent_is_black(tmp_path, mode):
     if mode == "P":
         grey = Image.fromarray(values).convert("P")
         grey.save(tmp_path / "a.png", transparency=grey.getpixel((0, 0)))
-    elif mode == "PA":
-        image.convert("RGB").convert("P").save(tmp_path / "a.gif", transparency=0)
-        image.save(tmp_path / "a.png")
     else:
         image.convert(mode).save(tmp_path / "a.png")
     found = images.read_image(tmp_path / "a.png")
@@ -208,6 +205,13 @@ def test_what_is_transparent_is_black(tmp_path, mode):
 
 
 # DICOM as scanners and viewers write it
+
+
+def test_a_damaged_number_of_frames_is_no_endless_work(tmp_path, frame):
+    path = dicom(tmp_path / "a.dcm", frame, NumberOfFrames=999_999_999)
+    assert files.frame_numbers(path, "all") == [None]
+    with pytest.raises(ValueError, match="a.dcm can't be decoded .it states 999999999 frames"):
+        images.read_image(path)
 
 
 def test_an_identity_window_changes_no_brightness(tmp_path, frame):

@@ -48,7 +48,7 @@ def test_what_container_images_set_is_no_misspelling(monkeypatch):
     monkeypatch.setenv("NB_PREFIX", "/notebook")
     monkeypatch.setenv("NB_PYTHON_PREFIX", "/srv/conda/envs/notebook")  # Binder and Pangeo
     monkeypatch.setenv("NB_ENVIRONMENT_FILE", "environment.yml")
-    monkeypatch.setenv("NB_DIR", "/home/jovyan")
+    monkeypatch.setenv("NB_DIR", "work")
     assert param("SEED", 5) == 5
 
 

@@ -32,11 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = options.out.expanduser()
     try:
-        files = find(options.images, out)
-        with cache.atomic(out / ".writable") as scratch:  # better known now than after an hour
-            scratch.touch()
-        (out / ".writable").unlink()
-        return run_folder(pipeline.load(options.weights), files, out, options.frame)
+        return run_folder(pipeline.load(options.weights), find(options.images, out), out, options.frame)
     except (OSError, ValueError) as error:
         say(f"error: {dicom.cause(error)}", sys.stderr)
         return 2
@@ -56,8 +52,8 @@ def find(paths: list[Path], out: Path) -> list[Path]:
     """
     files: dict[str, Path] = {}  # by absolute path: each is done once
     others: collections.Counter = collections.Counter()
+    own = [out / name for name in FOLDERS]
     for path in paths:
-        own = [out / name for name in FOLDERS]
         for file in walk(path, own) if path.is_dir() else [path]:
             if file is path or is_image(file):
                 files.setdefault(os.path.abspath(file), file)
@@ -79,8 +75,8 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
     """Segment files one at a time; write masks, overlays and `findings.csv` into the folder `out`.
 
     The three replace those of an earlier run together, at the end. Each frame that `frame` chooses (see
-    `frame_numbers`) gets a line. A file that can't be read gets one with its error, and is
-    named at the end. Returns 1 where a file failed, else 0.
+    `frame_numbers`) gets a line. A file that can't be read gets one with its error, and is named at the end.
+    Returns 1 where a file failed, else 0.
     """
     failed: list[str] = []
     used: set[str] = set()
@@ -89,11 +85,11 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
         raise FileNotFoundError(f"no file is an image or ends in {', '.join(images.SUFFIXES)}")
     with contextlib.ExitStack() as stack:
         growing = stack.enter_context(cache.atomic(table))  # the first to be entered takes its place last
+        # A name that is no UTF-8 has its own bytes in the table.
+        file = stack.enter_context(growing.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
         folders = {name: stack.enter_context(cache.atomic(out / name)) for name in FOLDERS}
         for folder in folders.values():
             folder.mkdir()
-        # A name that is no UTF-8 has its own bytes in the table.
-        file = stack.enter_context(growing.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
         lines = csv.DictWriter(file, COLUMNS)
         lines.writeheader()
         for path in tqdm(files, unit="image", file=sys.stdout):

@@ -35,7 +35,8 @@ def frame_numbers(path, frame=None, content=None) -> list[int | None]:
     """
     if frame is None:
         return [None]
-    with contextlib.suppress(Exception), opened(path, content) as file:
+    quietly = warnings.catch_warnings(action="ignore")
+    with contextlib.suppress(Exception), quietly, opened(path, content) as file:
         if is_dicom(path, file):
             _, count = dicom.parse(path, file)
         else:
@@ -66,11 +67,15 @@ def walk(folder, leave_out=()) -> Iterator[Path]:
     seen = {top, *map(os.path.realpath, leave_out)}
 
     def fresh(path):
-        real = os.path.realpath(path) if path.is_symlink() or path.is_dir() else ""
-        if path.name[0] == "." or real in seen or path.is_symlink() and real.startswith(top + os.sep):
+        if path.name[0] == ".":
             return False
-        seen.update([real] if real else [])
-        return True
+        linked = path.is_symlink() and path.exists()  # a broken link is a file that can't be read
+        if not linked and not path.is_dir():
+            return True
+        real = os.path.realpath(path)
+        new = real not in seen and not (linked and real.startswith(top + os.sep))
+        seen.add(real)
+        return new
 
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in sorted(folders) if fresh(Path(place, name))]

@@ -69,7 +69,8 @@ def fit(segmenter, train, val, folder="", report=None, **config) -> pd.DataFrame
     Args:
         segmenter: helpers.sam.Segmenter, changed in place; its `precision` is what is multiplied in.
         train: rows of an index. Rows with an empty mask are left out, counted and named.
-        val: rows of an index to choose the epoch by; never the test fold.
+        val: rows of an index to choose the epoch by; never the test fold. ValueError where no image of a set
+            has a lesion, or groups lie in both.
         folder: for embeddings and runs; "" is `helpers.cache.folder()`.
         report: as for `helpers.training.fit`, whose further errors are raised.
         config: the fields of `Config`; ValueError where one is out of its limits.

@@ -153,16 +153,13 @@ def _check_one(system, path, columns):
                 f"the columns {', '.join(columns[nameless:])} of {path} are of type {name} and {image}; "
                 "they must be string and binary (an encoded PNG, JPEG or DICOM)"
             )
-        named = columns[0]
-        if nameless:
-            named = f"{columns[1]}.path" if fields.get("path") in texts else ""
-            if named and any(some is None for some, _ in _names(system, path, named)):
-                named = ""
-        hashes = []
-        for some, hashed in _names(system, path, named):
-            if some is None:
+        paths = f"{columns[1]}.path" if fields.get("path") in texts else ""
+        named = paths if nameless else columns[0]
+        hashes = [hashed for _, hashed in _names(system, path, named)]
+        if any(hashed is None for hashed in hashes):
+            if not nameless:
                 raise ValueError(f"{path} has rows without a name; give every image one")
-            hashes.append(hashed)
+            named, hashes = "", []
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no whole Parquet file ({cause(error)}); write it again") from error
     rows = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
