@@ -92,6 +92,22 @@ def test_one_bad_file_stops_nothing(run, folder, frame, capsys):
     assert "1 of 5 images done" in capsys.readouterr().out
 
 
+def test_what_breaks_the_pipeline_stops_nothing(run, folder, monkeypatch):
+    own = Half.segment
+
+    def segment(self, image):
+        if image[0, 0, 0] == 7:
+            raise RuntimeError("out of memory\nand more")
+        return own(self, image)
+
+    monkeypatch.setattr(Half, "segment", segment)
+    Image.fromarray(np.full((80, 90), 7, np.uint8)).save(folder / "a.png")
+    code, table = run(folder)
+    assert code == 1
+    assert table.error["a.png"] == "out of memory and more"
+    assert table.answer["good.png"] == "benign"
+
+
 def test_a_name_that_is_no_utf_8(run, folder):
     name = os.fsencode(folder) + b"/caf\xe9.png"
     (folder / "good.png").rename(os.fsdecode(name))
