@@ -27,48 +27,56 @@ def folder(path: str | Path = "") -> Path:
 
 
 @contextlib.contextmanager
-def atomic(target: str | Path) -> Iterator[Path]:
-    """Give a path to write to; the file or folder there afterwards becomes `target`, whole or not at all.
+def atomic(*targets: str | Path) -> Iterator:
+    """Give a path to write to; the file or folder there afterwards becomes the target, whole or not at all.
 
-    The path ends like `target`, so that a library which looks at the suffix writes the right format.
+    The path ends like its target, so that a library which looks at the suffix writes the right format.
+    Several targets get a list of paths and take their places together, in order.
 
     Raises:
         OSError: it can't be written; what stood there before is untouched.
     """
-    target = Path(target)
-    scratch = target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}")
+    places = [Path(target) for target in targets]
+    scratch = [place.with_name(f".{uuid.uuid4().hex[:8]}-{place.name}") for place in places]
+    old = [place.with_name(f".{place.name}-old") for place in places]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        if scratch.is_file():
-            with scratch.open("r+b") as file:  # Windows syncs only what may be written
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch if len(places) > 1 else scratch[0]
+        _remove(old)  # from a kill; what took its place is whole
+        for path in filter(Path.is_file, scratch):
+            with path.open("r+b") as file:  # Windows syncs only what may be written
                 os.fsync(file.fileno())
-        if scratch.is_dir() and target.is_dir():
-            _swap(scratch, target)
-        else:
-            os.replace(scratch, target)
+        for new, place, aside in zip(scratch, places, old, strict=True):
+            _replace(new, place, aside)
+        _remove(old)
     except OSError as error:
         raise OSError(
-            f"{target} could not be written ({error.strerror or error}); make room or choose another "
-            "folder. What stood there before is untouched"
+            f"{' and '.join(map(str, places))} could not be written ({error.strerror or error}); make room "
+            "or choose another folder. What stood there before is untouched"
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            scratch.unlink()
+        _remove(scratch)
 
 
-def _swap(new, folder):
-    """Put `new` in the place of `folder`, which no rename replaces; where that fails, the old one stays."""
-    old = folder.with_name(f".{folder.name}-old")
-    shutil.rmtree(old, ignore_errors=True)  # from a kill after the swap; `folder` is whole
-    os.replace(folder, old)
+def _replace(new, place, aside):
+    """Put `new` in its place; a folder goes aside first, and comes back where that fails."""
+    if not (new.is_dir() and place.is_dir()):
+        os.replace(new, place)
+        return
+    os.replace(place, aside)
     try:
-        os.replace(new, folder)
+        os.replace(new, place)
     except BaseException:
-        os.replace(old, folder)
+        os.replace(aside, place)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(paths):
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write(target: str | Path, content: bytes | str) -> None:

@@ -417,15 +417,11 @@ def scored(index: pd.DataFrame, subset: str = "test", limit: int = 0) -> pd.Data
             f"nothing to score: subset {subset!r} has {len(rows)} images, the limit is {limit}; use "
             "'train', 'val' or 'test', and a limit of 0 (all) or more"
         )
-    rows = rows.sort_values("image_id", key=_natural, kind="stable").drop_duplicates("group")
+    natural = rows.image_id.str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True)  # 9 before 10
+    rows = rows.iloc[natural.argsort(kind="stable")].drop_duplicates("group")
     if limit and limit < len(rows):
         rows = rows.iloc[np.linspace(0, len(rows) - 1, limit).astype(int)]
     return rows.reset_index(drop=True)
-
-
-def _natural(names):
-    """Pad numbers, so that "benign (9)" comes before "benign (10)"."""
-    return names.str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True)
 
 
 def leak(split: pd.DataFrame) -> float:

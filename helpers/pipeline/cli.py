@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import contextlib
 import csv
 import os
 import sys
@@ -83,31 +82,29 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
     done, table = 0, out / "findings.csv"
     if not files:
         raise FileNotFoundError(f"no file is an image or ends in {', '.join(images.SUFFIXES)}")
-    with contextlib.ExitStack() as stack:
-        growing = stack.enter_context(cache.atomic(table))  # the first to be entered takes its place last
+    with cache.atomic(table, *(out / name for name in FOLDERS)) as (growing, masks, overlays):
+        masks.mkdir()
+        overlays.mkdir()
         # A name that is no UTF-8 has its own bytes in the table.
-        file = stack.enter_context(growing.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
-        folders = {name: stack.enter_context(cache.atomic(out / name)) for name in FOLDERS}
-        for folder in folders.values():
-            folder.mkdir()
-        lines = csv.DictWriter(file, COLUMNS)
-        lines.writeheader()
-        for path in tqdm(files, unit="image", file=sys.stdout):
-            for number in frame_numbers(path, frame):
-                line: dict = {"file": str(path), "frame": number}
-                try:
-                    image, notes = read_noting(path, number)
-                    finding = pipe.segment(image)
-                    name = free_name(path.stem if number is None else f"{path.stem}-frame-{number}", used)
-                    Image.fromarray(np.uint8(finding.mask) * 255).save(folders["masks"] / name)
-                    Image.fromarray(overlay(image, finding)).save(folders["overlays"] / name)
-                    line |= pipeline.summary(finding) | {"mask": f"masks/{name}"}
-                    line["warnings"] = "; ".join(filter(None, (*notes, line["warnings"])))
-                    done += 1
-                except Exception as error:  # one file of many may break anything
-                    line["error"] = dicom.cause(error)
-                    failed.append(f"{path}: {line['error']}")
-                lines.writerow(line)
+        with growing.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            lines = csv.DictWriter(file, COLUMNS)
+            lines.writeheader()
+            for path in tqdm(files, unit="image", file=sys.stdout):
+                for number in frame_numbers(path, frame):
+                    line: dict = {"file": str(path), "frame": number}
+                    try:
+                        image, notes = read_noting(path, number)
+                        finding = pipe.segment(image)
+                        name = free_name(path.stem if number is None else f"{path.stem}-frame-{number}", used)
+                        Image.fromarray(np.uint8(finding.mask) * 255).save(masks / name)
+                        Image.fromarray(overlay(image, finding)).save(overlays / name)
+                        line |= pipeline.summary(finding) | {"mask": f"masks/{name}"}
+                        line["warnings"] = "; ".join(filter(None, (*notes, line["warnings"])))
+                        done += 1
+                    except Exception as error:  # one file of many may break anything
+                        line["error"] = dicom.cause(error)
+                        failed.append(f"{path}: {line['error']}")
+                    lines.writerow(line)
     say(f"{done} of {done + len(failed)} images done, {table}")
     if failed:
         say("\n".join([f"{len(failed)} could not be done:", *failed]))

@@ -26,15 +26,11 @@ WRITE_EVERY = 10  # seconds between two checkpoints: short epochs do not each wr
 PARTS = ("mask decoder", "prompt encoder")
 
 
-def _mse(logits, target):
-    return F.mse_loss(torch.sigmoid(logits), target)
-
-
 # Of the sigmoid, MONAI's with squared denominators.
 LOSSES = {
     name: loss(sigmoid=True, squared_pred=True)
     for name, loss in {"dice": DiceLoss, "dice+ce": DiceCELoss, "dice+focal": DiceFocalLoss}.items()
-} | {"mse": _mse}
+} | {"mse": lambda logits, target: F.mse_loss(torch.sigmoid(logits), target)}
 
 
 @dataclasses.dataclass(frozen=True)
