@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab run test test-fast lint format pipeline table links benchmark clean
+.PHONY: help demo lab run reproduce test test-fast lint format pipeline table links benchmark clean
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,9 +14,12 @@ demo: .venv/installed ## one simulated frame through the pipeline, into demo/: a
 lab: .venv/installed ## open the notebooks in JupyterLab
 	.venv/bin/jupyter lab notebooks
 
-run: .venv/installed ## execute the notebooks into executed/, with index.html: about 4 hours
-	@echo "Executing the notebooks into executed/: about 4 hours on 2 cores, and the download of BUSI"
-	.venv/bin/python notebooks/execute.py
+run: .venv/installed ## execute the notebooks, quick profile, into executed/, with index.html: about 20 minutes
+	@echo "Executing the notebooks (NB_PROFILE=$(or $(NB_PROFILE),quick)) into executed/: quick takes about 20 minutes on 2 cores"
+	NB_PROFILE=$(or $(NB_PROFILE),quick) .venv/bin/python notebooks/execute.py
+
+reproduce: .venv/installed ## execute the notebooks in full, as the committed results were made, and write results/: about 4 hours
+	NB_PROFILE=full NB_RESULTS=results .venv/bin/python notebooks/execute.py
 
 test: .venv/installed ## test everything, each notebook included: about 8 minutes on 2 cores
 	@echo "Testing helpers/ and every notebook on synthetic images: about 8 minutes on 2 cores"

@@ -4,7 +4,7 @@ Lessons use the core:
 
 | module | what it holds |
 | --- | --- |
-| `params` | `param(name, default)`: a notebook setting, overridden by `NB_<NAME>`; limits of configs |
+| `params` | `param(...)`: a setting of a notebook, by profile; `NB_<NAME>` overrides it; limits of configs |
 | `data` | find BUSI and BUS-BRA, index them, read ground truth, the grouped split |
 | `devices` | what the hardware can do: bfloat16, memory |
 | `images` | read an image or a mask in any common form |
@@ -14,7 +14,7 @@ Lessons use the core:
 | `prompts` | from a mask to a box, box jitter, the ellipse that never looks at the image |
 | `sam` | SAM, MedSAM and LiteMedSAM behind one class: load, embed, predict, fine-tune, save |
 | `unet` | a U-Net in Keras: build, train, predict |
-| `vgg` | VGG-16: build, train, predict, explain |
+| `vgg` | VGG-16: build, train, predict |
 | `training` | what all trainings in torch share: config, resume, best epoch, history |
 | `cache` | cache folder, atomic write, run key |
 | `quiet` | hold back the start-up notes of libraries |

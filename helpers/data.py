@@ -25,6 +25,7 @@ import pandas as pd
 from helpers import cache, synthetic
 from helpers.dicom import cause
 from helpers.images import SUFFIXES, drop_specks, open_image, read_image, read_mask
+from helpers.params import param
 from helpers.synthetic import DATASET_FOLDER
 
 LABELS = ("normal", "benign", "malignant")
@@ -164,12 +165,11 @@ def _refuse(names, error, found, what, advice):
         raise error(f"{found} {len(names)} {what}, {some}; {advice}")
 
 
-def load_dataset(choice: str = "auto", synthetic_images: int = 40) -> pd.DataFrame:
+def load_dataset(choice: str = "auto") -> pd.DataFrame:
     """Index the data set of a notebook, and print which one it is: BUSI, or synthetic images and why.
 
-    Args:
-        choice: "busi" (an error if it can't be had), "synthetic", or "auto": BUSI, else synthetic.
-        synthetic_images: images per class of the synthetic set.
+    `choice` is "busi" (an error if it can't be had), "synthetic", or "auto": BUSI, else synthetic. The
+    setting SYNTHETIC_IMAGES says how many images of a class are made: 40 do for five folds.
     """
     if choice not in ("auto", "busi", "synthetic"):
         raise ValueError(f"data {choice!r} is none of 'auto', 'busi', 'synthetic'")
@@ -184,8 +184,9 @@ def load_dataset(choice: str = "auto", synthetic_images: int = 40) -> pd.DataFra
         else:
             print(f"Data: BUSI in {folder}")
             return load_index(folder)
-    folder = cache.folder() / f"synthetic-v{synthetic.VERSION}-{synthetic_images}"
-    index = load_index(synthetic.make_busi(folder, synthetic_images))
+    count = param("SYNTHETIC_IMAGES", 40, test=8)
+    folder = cache.folder() / f"synthetic-v{synthetic.VERSION}-{count}"
+    index = load_index(synthetic.make_busi(folder, count))
     print(f"Data: SYNTHETIC images, not patients ({reason})")
     return index
 
@@ -418,8 +419,12 @@ def scored(index: pd.DataFrame, subset: str = "test", limit: int = 0) -> pd.Data
             "'train', 'val' or 'test', and a limit of 0 (all) or more"
         )
     natural = rows.image_id.str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True)  # 9 before 10
-    rows = rows.iloc[natural.argsort(kind="stable")].drop_duplicates("group")
-    if limit and limit < len(rows):
+    return spread(rows.iloc[natural.argsort(kind="stable")].drop_duplicates("group"), limit)
+
+
+def spread(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
+    """Return at most `limit` of the rows, spread evenly over them; 0 means all."""
+    if 0 < limit < len(rows):
         rows = rows.iloc[np.linspace(0, len(rows) - 1, limit).astype(int)]
     return rows.reset_index(drop=True)
 

@@ -166,3 +166,9 @@ def drop_specks(mask):
     large = stats[:, cv2.CC_STAT_AREA] >= SPECK
     large[0] = False  # the background
     return large[labels]
+
+
+def parts(mask: np.ndarray) -> list[np.ndarray]:
+    """Return each 8-connected part of a bool (H, W) mask, as a mask of its own."""
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    return [labels == part for part in range(1, count)]

@@ -4,6 +4,7 @@ The pixel metrics are MONAI's, the class metrics scikit-learn's, the bootstrap S
 is what they leave open: the score of an empty mask, and what counts as one observation.
 """
 
+import itertools
 import warnings
 
 import numpy as np
@@ -203,6 +204,12 @@ def paired(after: pd.DataFrame, before: pd.DataFrame, seed: int = 0) -> pd.DataF
     return pd.DataFrame(lines)
 
 
+def verdict(difference: float, low: float, high: float) -> str:
+    """Say in words what a paired difference shows: nothing, unless its interval excludes zero."""
+    said = "" if low > 0 or high < 0 else ", no difference shown"
+    return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]{said}"
+
+
 def compare(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Compare configs with the config `baseline`, over seeds and images.
 
@@ -230,22 +237,23 @@ def compare(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def jitter_curve(
-    rows, boxes, predict, name, pixels=(0, 5, 10, 15, 20, 25, 30), seed=0, inward=False
-) -> pd.DataFrame:
+def jitter_curve(rows, boxes, models: dict, pixels=(0, 10, 20, 30), seed=0) -> pd.DataFrame:
     """Mean Dice with its 95 % interval against the largest shift of each side of the box, in pixels.
 
-    `boxes` are those of the truth by image_id, `predict` leads from such a dict to one of bool (H, W) masks,
-    and `name` is the line's. For `seed`, which is also that of the intervals, and `inward` see
-    `helpers.prompts.jitter_box`. Returns a DataFrame with `pixels`, `name`, `mean`, `low`, `high`, `source`.
+    `boxes` are those of the truth by image_id; `models` leads from a name to a function from such a dict to
+    one of bool (H, W) masks. Boxes move outwards, and either way: `helpers.prompts.jitter_box`, whose `seed`
+    is also that of the intervals. Returns a DataFrame of `model`, `way` ("outwards" or "either way"),
+    `pixels`, `mean`, `low`, `high` and `source`.
     """
     points = []
-    for shift in pixels:
-        masks = predict(prompts.jitter_boxes(rows, boxes, shift, seed, inward))
-        scores = score(rows, masks, surface=False)
-        low, high = bootstrap_interval(scores.dice, scores.group, seed=seed)
-        points.append({"pixels": shift, "mean": scores.dice.mean(), "low": low, "high": high})
-    return pd.DataFrame(points).assign(name=name, source=rows.source.iloc[0])
+    for way, shift in itertools.product(("outwards", "either way"), pixels):
+        moved = prompts.jitter_boxes(rows, boxes, shift, seed, inward=way == "either way")
+        for name, predict in models.items():
+            dice = score(rows, predict(moved), surface=False).dice
+            low, high = bootstrap_interval(dice, rows.group, seed=seed)
+            point = {"model": name, "way": way, "pixels": shift, "mean": dice.mean()}
+            points.append(point | {"low": low, "high": high})
+    return pd.DataFrame(points).assign(source=rows.source.iloc[0])
 
 
 def classification(probabilities, labels) -> dict[str, float]:

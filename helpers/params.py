@@ -5,18 +5,22 @@ import difflib
 import os
 
 PREFIX = "NB_"
+PROFILES = ("test", "quick", "full")
 
 # Every setting of every notebook. Jupyter's images (Binder, Pangeo, Kubeflow) set NB_ variables of their own.
 SETTINGS = {
+    "PROFILE": "which values the settings have: 'test', 'quick' or 'full'",
     "DATA": "which images: 'auto' (BUSI, else synthetic images), 'busi' or 'synthetic'",
     "SYNTHETIC_IMAGES": "images per class of the synthetic set",
-    "LIMIT": "score at most this many held-out images, spread over the fold; 0 means all",
+    "TRAIN_IMAGES": "training images of what learns from embeddings, spread over the set; 0 means all",
+    "LIMIT": "validate on and score at most this many held-out images, spread over the fold; 0 means all",
     "FOLD": "which of the five folds is the test fold, 0 to 4",
     "SEED": "seed of everything random",
     "CHECKPOINT": "weights: 'lite-medsam', a Hub id, a local folder or 'tiny'",
     "PRECISION": "what the image encoder and fine-tuning multiply in: 'float32', 'bfloat16', 'auto'",
-    "EPOCHS": "passes over the training images",
+    "SAM_EPOCHS": "passes of the mask decoder over the training images",
     "LEARNING_RATE": "of fine-tuning, at the start",
+    "AUGMENTATIONS": "augmented copies of each training image that the mask decoder sees",
     "UNET_WIDTH": "filters of the U-Net's first level",
     "UNET_SIZE": "pixels: the U-Net sees size x size",
     "UNET_EPOCHS": "passes of the U-Net over the training images",
@@ -24,14 +28,15 @@ SETTINGS = {
     "VGG_WEIGHTS": "what VGG-16 starts from: 'imagenet', 'synthetic' or 'scratch'",
     "VGG_WIDTH": "features of VGG-16's first convolution",
     "VGG_SIZE": "pixels: VGG-16 sees size x size",
+    "VGG_EPOCHS": "passes of VGG-16 over the training images",
     "PIPELINE": "folder of an automatic pipeline; empty means the one in the package",
     "IMAGE": "an image of your own: PNG, JPEG or DICOM",
     "FRAME": "which frame of that image, where it has several, from 0",
-    "FACTORS": "choices of each model that are varied one at a time; 0 means all",
+    "FACTORS": "hyper-parameters of each model that are varied one at a time; 0 means all",
     "SEEDS": "how many seeds each value is run with",
     "TRIALS": "settings that each search tries",
     "TRIAL_IMAGES": "training images of a trial of the mask decoder",
-    "VGG_EPOCHS": "passes of VGG-16 over the training images in a search",
+    "TRIAL_EPOCHS": "passes of U-Net and VGG-16 over the training images in a trial",
     "DEGRADED": "held-out images; those with a lesion are shown as other scanners would",
     "PROCESSES": "GPUs that share the fine-tuning",
     "CACHE": "folder for image embeddings and fine-tuned weights; empty means ~/.cache",
@@ -40,8 +45,24 @@ SETTINGS = {
 }
 
 
-def param(name, default):
-    """Return the setting `name`: `$NB_<name>` in the type of `default` (bool, int, float or str), else it.
+def profile() -> str:
+    """Return the profile of this run: `$NB_PROFILE`, else "full" where there is a GPU and "quick" elsewhere.
+
+    ValueError where the variable is set to anything else.
+    """
+    chosen = os.environ.get(PREFIX + "PROFILE")
+    if not chosen:
+        from helpers.devices import default_device
+
+        return "quick" if default_device() == "cpu" else "full"
+    if chosen not in PROFILES:
+        raise ValueError(f"{PREFIX}PROFILE={chosen!r} is none of {', '.join(PROFILES)}")
+    return chosen
+
+
+def param(name, full, quick=None, test=None):
+    """Return the setting `name`: `$NB_<name>` in the type of `full` (bool, int, float or str), else its value
+    in the `profile` of this run. `quick` is `full`, and `test` is `quick`, where it is not given.
 
     A text that begins with "~" is a path in the home folder.
 
@@ -62,17 +83,24 @@ def param(name, default):
             )
     text = os.environ.get(PREFIX + name)
     if text is None:
-        return default
+        quick = full if quick is None else quick
+        return {"full": full, "quick": quick, "test": quick if test is None else test}[profile()]
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     try:
-        if isinstance(default, str):
+        if isinstance(full, str):
             return os.path.expanduser(text)
-        return words[text.lower()] if isinstance(default, bool) else type(default)(text)
+        return words[text.lower()] if isinstance(full, bool) else type(full)(text)
     except (KeyError, ValueError):
         raise ValueError(
-            f"{PREFIX}{name}={text!r} is not of type {type(default).__name__}; "
-            f"{SETTINGS[name]} (default {default!r})"
+            f"{PREFIX}{name}={text!r} is not of type {type(full).__name__}; "
+            f"{SETTINGS[name]} (default {full!r})"
         ) from None
+
+
+def common():
+    """Return the six settings of every notebook: DATA, FOLD, SEED, PROFILE, CACHE, RESULTS."""
+    chosen = param("DATA", "auto", test="synthetic"), param("FOLD", 0), param("SEED", 0)
+    return *chosen, profile(), param("CACHE", ""), param("RESULTS", "")
 
 
 def _suggest(name, prefix=""):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers import data
+from helpers import data, params
 from helpers.images import drop_specks
 from helpers.results import FROM_THE_TRUTH, INPUTS, PROMPTS
 
@@ -51,6 +51,21 @@ def overlay(image, truth=None, prediction=None, box=None, *, axes=None, colour=P
     return figure
 
 
+def _drawn(cell, truth, draw):
+    """Call `draw(axes)`; a truth that spans little of the frame is drawn again, larger, in a far corner."""
+    draw(cell)
+    if not truth.any():
+        return
+    (y_min, x_min), (y_max, x_max) = np.argwhere(truth).min(0), np.argwhere(truth).max(0)
+    side = 0.8 * max(x_max - x_min, y_max - y_min) + 4  # half of what is shown, pixels
+    x, y, (height, width) = (x_min + x_max) / 2, (y_min + y_max) / 2, truth.shape
+    if 5 * side < min(height, width):
+        inset = cell.inset_axes([0.58 * (x < width / 2), 0.58 * (y > height / 2), 0.42, 0.42])
+        draw(inset)
+        inset.set(xlim=(x - side, x + side), ylim=(y + side, y - side))
+        inset.add_patch(plt.Rectangle((0, 0), 1, 1, transform=inset.transAxes, fill=False, edgecolor="white"))
+
+
 def legend(figure: Figure, *names: str) -> None:
     """Explain outlines below a figure: "truth", "prediction", "box", "released", "fine-tuned"."""
     colours = {"truth": TRUTH, "box": BOX, "released": BEFORE}
@@ -62,11 +77,16 @@ def legend(figure: Figure, *names: str) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
 
 
-def finish(figure: Figure, rows, title: str) -> Figure:
-    """Lay out, title and close a figure; synthetic images are named. `rows` is None where none were shown."""
+def finish(figure: Figure, rows, title: str, scored: bool = False) -> Figure:
+    """Lay out, title and close a figure. `rows` is None where no images were shown.
+
+    The title names synthetic images and, where scores of this very run are shown, its reduced profile.
+    """
     source = "" if rows is None else rows.source
     source = source if isinstance(source, str) else source.iloc[0]
-    title = f"{title} (synthetic images)" if source == "synthetic" else title
+    notes = ["synthetic images"] * (source == "synthetic")
+    notes += [f"{params.profile()} run, no result"] * (scored and params.profile() != "full")
+    title = f"{title} ({', '.join(notes)})" if notes else title
     figure.suptitle(title, fontsize=12)
     figure.set_layout_engine("constrained")
     plt.close(figure)  # the notebook shows what the cell returns; an open figure would show twice
@@ -96,7 +116,8 @@ def gallery(rows: pd.DataFrame, title: str, captions=None, columns=4) -> Figure:
     """Images of the rows of an index with the outline of their truth, captioned by id or `captions`."""
     figure, cells = grid(len(rows), columns)
     for cell, row, caption in zip(cells, rows.itertuples(), captions or rows.image_id):
-        overlay(data.read_image(row.image_path), data.read_truth(row), axes=cell)
+        image, truth = data.read_image(row.image_path), data.read_truth(row)
+        _drawn(cell, truth, lambda axes, image=image, truth=truth: overlay(image, truth, axes=axes))
         cell.set_title(caption, fontsize=9)
     return finish(figure, rows, title)
 
@@ -132,28 +153,18 @@ def overlays(rows: pd.DataFrame, masks, title, boxes=None, scores=None) -> Figur
     for cell, row in zip(cells, rows.itertuples()):
         name, box = row.image_id, boxes and boxes[row.image_id]
         image, truth = data.read_image(row.image_path), data.read_truth(row)
-        overlay(image, truth, after[name], box, axes=cell)
-        for found in before:
-            overlay(None, prediction=found[name], axes=cell, colour=BEFORE)
+
+        def draw(axes, image=image, truth=truth, name=name, box=box):
+            overlay(image, truth, after[name], box, axes=axes)
+            for found in before:
+                overlay(None, prediction=found[name], axes=axes, colour=BEFORE)
+
+        _drawn(cell, truth, draw)
         values = " to ".join(f"{part[name]:.2f}" for part in dice)
         cell.set_title(f"{name}, Dice {values}" if values else name, fontsize=9)
     names = ["truth", "released", "fine-tuned"] if before else ["truth", "prediction"]
     legend(figure, *names, *(["box"] if boxes else []))
-    return finish(figure, rows, title)
-
-
-def from_image_to_mask(row, box, probability: np.ndarray) -> Figure:
-    """Three panels: the image with its box, the probability, the outline beside the truth."""
-    image = data.read_image(row.image_path)
-    figure, cells = _panels(3, 3.6, 3.6)
-    overlay(image, box=box, axes=cells[0])
-    overlay(None, axes=cells[1])
-    shown = cells[1].imshow(probability, cmap="magma", vmin=0, vmax=1)
-    figure.colorbar(shown, ax=cells[1], shrink=0.8)
-    overlay(image, data.read_truth(row), probability > 0.5, axes=cells[2])
-    for cell, caption in zip(cells, ("image and box", "probability", "truth and prediction")):
-        cell.set_title(caption, fontsize=9)
-    return finish(figure, row, row.image_id)
+    return finish(figure, rows, title, scored=bool(scores))
 
 
 def training_curves(history: pd.DataFrame, columns=DICE_CURVES, title="Training") -> Figure:
@@ -173,7 +184,7 @@ def training_curves(history: pd.DataFrame, columns=DICE_CURVES, title="Training"
         cell.set(xlabel=f"epoch{start}", ylabel=label)
         cell.xaxis.get_major_locator().set_params(integer=True)
     cells[-1].legend(frameon=False)
-    return finish(figure, history, title)
+    return finish(figure, history, title, scored=True)
 
 
 def paired_differences(after: pd.DataFrame, before: pd.DataFrame) -> Figure:
@@ -186,8 +197,8 @@ def paired_differences(after: pd.DataFrame, before: pd.DataFrame) -> Figure:
     labels = [label for label in data.LABELS if (after.label == label).any()]
     handles = [plt.Rectangle((0, 0), 1, 1, color=LABEL_COLOURS[label]) for label in labels]
     axes.legend([*handles, mean], [*labels, "mean"], frameon=False, loc="upper left")
-    axes.set(xlabel="held-out images, sorted", ylabel="change in Dice")
-    return finish(figure, after, "After fine-tuning, against the released weights")
+    axes.set(xlabel="held-out images, sorted", ylabel="change in Dice", xticks=[])
+    return finish(figure, after, "After fine-tuning, against the released weights", scored=True)
 
 
 def score_strips(scores_by_name: dict) -> Figure:
@@ -208,64 +219,38 @@ def score_strips(scores_by_name: dict) -> Figure:
         cell.set_xlim(-0.5, len(labels) - 0.5)
         cell.set_title(name, fontsize=10)
     cells[0].set_ylabel("Dice")
-    return finish(figure, scores, "Dice per image (bar: mean)")
+    return finish(figure, scores, "Dice per image (bar: mean)", scored=True)
 
 
 def jitter_curve(curve: pd.DataFrame) -> Figure:
-    """Mean Dice with its interval against the size of the box error: rows of `helpers.metrics.jitter_curve`.
-
-    Names such as "LiteMedSAM, outwards" and "LiteMedSAM, either way" share a colour.
-    """
-    figure, axes = plt.subplots(figsize=(7, 3.8))
-    colours, palette = {}, (PREDICTION, LABEL_COLOURS["normal"], "#999999", BEFORE)
-    for name, line in curve.groupby("name", sort=False):
-        model, _, way = name.partition(", ")
-        colour = colours.setdefault(model, palette[len(colours) % len(palette)])
-        style = "--" if way == "either way" else "-"
-        axes.plot(line.pixels, line["mean"], style, marker="o", color=colour, label=name)
-        axes.fill_between(line.pixels, line.low, line.high, alpha=0.15, color=colour, linewidth=0)
-    axes.set(xlabel="largest shift of each side of the box (pixels)", ylabel="mean Dice")
-    axes.legend(frameon=False)
-    return finish(figure, curve, "How the score depends on the box (band: 95 % interval)")
+    """Mean Dice with its interval against the error of the box: rows of `helpers.metrics.jitter_curve`."""
+    figure, cells = _panels(2, 4.6, 3.8, sharey=True)
+    palette = dict(zip(curve.model.unique(), (PREDICTION, "#999999", BEFORE, LABEL_COLOURS["normal"])))
+    ways = {
+        "outwards": "too large: each side moves outwards",
+        "either way": "off: each side moves either way",
+    }
+    for cell, (way, title) in zip(cells, ways.items()):
+        for model, line in curve[curve.way == way].groupby("model", sort=False):
+            cell.plot(line.pixels, line["mean"], marker="o", color=palette[model], label=model)
+            cell.fill_between(line.pixels, line.low, line.high, alpha=0.15, color=palette[model], linewidth=0)
+        cell.set_title(title, fontsize=10)
+        cell.set_xlabel("by up to this many pixels")
+    cells[0].set_ylabel("mean Dice")
+    cells[0].legend(frameon=False)
+    return finish(figure, curve, "How a worse box changes the score (band: 95 % interval)", scored=True)
 
 
 # Images, and what networks see in them
 
 
-def pictures(images, captions, title: str, rows, columns=6, maps=None) -> Figure:
-    """A grid of images, (H, W) or (H, W, 3), of `rows` of an index, with one caption each.
-
-    `maps`, float (H, W) in 0..1, are laid over them, such as Grad-CAM's: from nothing over red to yellow.
-    """
+def pictures(images, captions, title: str, rows, columns=6) -> Figure:
+    """A grid of images, (H, W) or (H, W, 3), of `rows` of an index, with one caption each."""
     figure, cells = grid(len(images), columns)
-    maps = [None] * len(images) if maps is None else maps
-    for cell, image, caption, heat in zip(cells, images, captions, maps):
+    for cell, image, caption in zip(cells, images, captions):
         cell.imshow(image, cmap="grey")
-        if heat is not None:
-            cell.imshow(heat, cmap="autumn", alpha=0.6 * heat, vmin=0, vmax=1)
         cell.set_title(caption, fontsize=9)
     return finish(figure, rows, title)
-
-
-def batch(images, masks, title: str, rows) -> Figure:
-    """Images of a training batch with the outlines of their masks: float (N, S, S, 1) both."""
-    figure, cells = grid(len(images), 4)
-    for cell, image, mask in zip(cells, np.asarray(images), np.asarray(masks)):
-        overlay(image[..., 0], prediction=mask[..., 0] > 0.5, axes=cell, colour=TRUTH)
-    return finish(figure, rows, title)
-
-
-def feature_maps(maps: dict, row) -> Figure:
-    """Of each level of a network, the feature that varies most over the image of `row`.
-
-    `maps` is a dict from a level's name to float (side, side, features).
-    """
-    figure, cells = grid(len(maps), 5)
-    for cell, (name, found) in zip(cells, maps.items()):
-        cell.imshow(found[..., found.std(axis=(0, 1)).argmax()], cmap="magma")
-        side, _, features = found.shape
-        cell.set_title(f"{name}\n{side} x {side}, {features} features", fontsize=9)
-    return finish(figure, row, f"{row.image_id}: one feature of each level")
 
 
 # Classification
@@ -288,7 +273,7 @@ def calibration(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
     axes.plot([1 / 3, 1], [1 / 3, 1], color="grey", linestyle=":", label="calibrated")
     axes.set(xlabel="mean probability of the predicted class", ylabel="share that is right")
     axes.legend(frameon=False, fontsize=9)
-    return finish(figure, rows, "Calibration on held-out images")
+    return finish(figure, rows, "Calibration on held-out images", scored=True)
 
 
 # All models
@@ -297,27 +282,34 @@ def calibration(probabilities_by_name: dict, rows: pd.DataFrame) -> Figure:
 def comparison(results: pd.DataFrame) -> Figure:
     """Score of each row of `helpers.results.select` with its interval: Dice of lesions, or accuracy.
 
-    One panel per prompt or input, for those are never ranked together.
+    Segmentation at the left, classification at the right, in blocks by prompt or input, for those are never
+    ranked together.
     """
-    prompts = [one for one in (*PROMPTS, *INPUTS) if (results.prompt == one).any()]
-    panels = [results[results.prompt == prompt].sort_values("score") for prompt in prompts]
-    heights = [len(panel) for panel in panels]
-    size = (9.5, 1 + 0.5 * sum(heights) + 0.5 * len(panels))
-    layout = {"height_ratios": heights, "sharex": True, "squeeze": False, "layout": "constrained"}
-    figure, cells = plt.subplots(len(panels), 1, figsize=size, **layout)
-    for axes, prompt, panel in zip(cells.flat, prompts, panels):
-        colour = TRUTH if prompt in FROM_THE_TRUTH else LABEL_COLOURS["normal"]
-        positions = range(len(panel))
-        axes.hlines(positions, panel.low, panel.high, color=colour, linewidth=3)
-        axes.plot(panel.score, positions, "o", color=colour, markersize=7)
-        near = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-        for position, score in zip(positions, panel.score):
-            axes.annotate(f"{score:.3f}", (score, position), **near)
-        axes.set_yticks(positions, panel["title"])
-        axes.set_ylim(-0.6, len(panel) - 0.2)
-        origin = " (from the truth)" if prompt in FROM_THE_TRUTH else ""
-        what = "segmentation, prompt" if prompt in PROMPTS else "classification, given"
-        axes.set_title(f"{what}: {prompt}{origin}", fontsize=10, loc="left")
+    tasks = {"Dice of lesion images, with 95 % interval": PROMPTS, "accuracy, with 95 % interval": INPUTS}
+    blocks = {
+        score: [(prompt, results[results.prompt == prompt].sort_values("score")[::-1]) for prompt in prompts]
+        for score, prompts in tasks.items()
+    }
+    blocks = {score: [block for block in drawn if len(block[1])] for score, drawn in blocks.items()}
+    lines = max(sum(1 + len(rows) for _, rows in drawn) for drawn in blocks.values())
+    figure, cells = plt.subplots(1, 2, figsize=(13, 1.2 + 0.27 * lines), layout="constrained")
+    for axes, (score, drawn) in zip(cells, blocks.items()):
+        names: list[str] = []
+        for prompt, rows in drawn:
+            given = ("prompt: " if prompt in PROMPTS else "given: ") + prompt
+            names.append(f"{given} (from the truth)" if prompt in FROM_THE_TRUTH else given)
+            colour = TRUTH if prompt in FROM_THE_TRUTH else LABEL_COLOURS["normal"]
+            at = len(names) + np.arange(len(rows))
+            axes.hlines(at, rows.low, rows.high, color=colour, linewidth=3)
+            axes.plot(rows.score, at, "o", color=colour, markersize=6)
+            for position, value in zip(at, rows.score):
+                axes.text(1.02, position, f"{value:.3f}", va="center", transform=axes.get_yaxis_transform())
+            names += list(rows["title"])
+        axes.set_yticks(range(len(names)), names)
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if ": " in label.get_text() else "normal")
+        axes.set(xlim=(-0.02, 1), xlabel=score)
+        axes.set_ylim(lines - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", alpha=0.3)
-    cells.flat[-1].set_xlabel("Dice of lesions, accuracy of classes; 95 % intervals")
     return finish(figure, results, "Every model on the test fold")

@@ -1,16 +1,13 @@
 """From a lesion mask to the box that prompts SAM, and the baseline that uses the box alone."""
 
-import io
 import zlib
 
-import cv2
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from helpers import data
+from helpers import data, images
 
-Arrays = dict[str, np.ndarray]  # from image_id to a box (4,) or a mask (H, W)
+Arrays = dict[str, np.ndarray]  # from image_id to boxes (N, 4) or (4,), or a mask (H, W)
 
 
 def mask_to_box(mask: np.ndarray) -> np.ndarray:
@@ -31,22 +28,9 @@ def mask_to_box(mask: np.ndarray) -> np.ndarray:
 
 
 def truth_boxes(rows: pd.DataFrame) -> Arrays:
-    """Return a dict from image_id to the box of the truth, for rows of lesion images."""
-    return {row.image_id: mask_to_box(data.read_truth(row)) for row in rows.itertuples()}
-
-
-def mask_boxes(masks: Arrays) -> Arrays:
-    """Return the box of each predicted mask's largest 8-connected part, without the images of empty masks.
-
-    A box is at least 2 pixels wide and high, as a segmenter wants it.
-    """
-    boxes = {}
-    for name, mask in masks.items():
-        _, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
-        if mask.any():
-            largest = mask_to_box(parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
-            boxes[name] = jitter_box(largest, mask.shape, pixels=0, key=name)
-    return boxes
+    """Return a dict from image_id to float32 (N, 4): a box for each lesion, which is a part of the truth."""
+    parts = {row.image_id: images.parts(data.read_truth(row)) for row in rows.itertuples()}
+    return {name: np.array([mask_to_box(lesion) for lesion in lesions]) for name, lesions in parts.items()}
 
 
 def typical_boxes(train: pd.DataFrame, rows: pd.DataFrame) -> Arrays:
@@ -58,16 +42,27 @@ def typical_boxes(train: pd.DataFrame, rows: pd.DataFrame) -> Arrays:
     def sides(row):
         return np.array(data.image_shape(row)[::-1] * 2)
 
-    lesions = data.lesions(train)
-    boxes = truth_boxes(lesions)
-    shares = np.mean([boxes[row.image_id] / sides(row) for row in lesions.itertuples()], axis=0)
+    lesions = data.lesions(train).itertuples()
+    shares = np.mean([mask_to_box(data.read_truth(row)) / sides(row) for row in lesions], axis=0)
     return {row.image_id: (shares * sides(row)).astype(np.float32) for row in rows.itertuples()}
 
 
 def jitter_boxes(rows: pd.DataFrame, boxes: Arrays, pixels: float, seed=0, inward=False) -> Arrays:
-    """Jitter the boxes of many images: `jitter_box` for each row."""
-    shapes = {row.image_id: data.image_shape(row) for row in rows.itertuples()}
-    return {name: jitter_box(boxes[name], shapes[name], pixels, name, seed, inward) for name in shapes}
+    """Jitter the boxes of many images, (4,) or (N, 4) each: `jitter_box` for each of them."""
+    moved = {}
+    for row in rows.itertuples():
+        name, shape = row.image_id, data.image_shape(row)
+        several = np.reshape(boxes[name], (-1, 4))
+        keys = [lesion_key(name, number) for number in range(len(several))]
+        moved[name] = np.array(
+            [jitter_box(box, shape, pixels, key, seed, inward) for box, key in zip(several, keys)]
+        )
+    return moved
+
+
+def lesion_key(name: str, number: int) -> str:
+    """Name the lesion `number`, from 0, of an image: the jitter of its box depends on it."""
+    return f"{name} {number}" if number else name
 
 
 def jitter_box(box, shape: tuple, pixels: float, key, seed: int = 0, inward: bool = False) -> np.ndarray:
@@ -78,7 +73,7 @@ def jitter_box(box, shape: tuple, pixels: float, key, seed: int = 0, inward: boo
         pixels: the largest distance; each side moves outwards by a uniform 0 to `pixels`, or with `inward` by
             -`pixels` to `pixels`, which may cut the lesion. MedSAM trains with 20 (J. Ma et al., Nature
             Communications 15 (2024) 654).
-        key: names the image, so that its jitter does not depend on which others are scored.
+        key: names the lesion, so that its jitter does not depend on which others are scored.
 
     Returns:
         float32 (4,), at least 2 pixels wide and high.
@@ -97,9 +92,12 @@ def _inside(low, high, length):
 
 
 def fill_ellipses(rows: pd.DataFrame, boxes: Arrays) -> Arrays:
-    """Fill the boxes of many images with their ellipses: `fill_ellipse` for each row."""
-    shapes = {row.image_id: data.image_shape(row) for row in rows.itertuples()}
-    return {name: fill_ellipse(boxes[name], shapes[name]) for name in shapes}
+    """Fill the boxes of many images, (4,) or (N, 4) each, with their ellipses: one mask for each row."""
+    filled = {}
+    for row in rows.itertuples():
+        boxes_of = np.reshape(boxes[row.image_id], (-1, 4))
+        filled[row.image_id] = np.any([fill_ellipse(box, data.image_shape(row)) for box in boxes_of], axis=0)
+    return filled
 
 
 def empty_masks(rows: pd.DataFrame) -> Arrays:
@@ -117,32 +115,3 @@ def fill_ellipse(box, shape: tuple) -> np.ndarray:
     across = (x - (x_min + x_max) / 2) / ((x_max - x_min + 1) / 2)
     down = (y - (y_min + y_max) / 2) / ((y_max - y_min + 1) / 2)
     return across**2 + down**2 <= 1
-
-
-def draw_box(image: np.ndarray, box, enabled: bool = True):
-    """Show an image, uint8 (H, W, 3) RGB, with a box (4,) that the reader drags or redraws.
-
-    Returns:
-        BBoxWidget, to be the last line of a cell; None where `enabled` is False, as nobody is there to draw.
-    """
-    if not enabled:
-        return None
-    from jupyter_bbox_widget import BBoxWidget
-
-    encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, "PNG")
-    x_min, y_min, x_max, y_max = (float(side) for side in box)
-    start = [{"label": "lesion", "x": x_min, "y": y_min, "width": x_max - x_min, "height": y_max - y_min}]
-    return BBoxWidget(image_bytes=encoded.getvalue(), classes=["lesion"], bboxes=start, hide_buttons=True)
-
-
-def drawn_box(widget, shape: tuple, default) -> np.ndarray:
-    """Return the last box of a `draw_box` widget, float32 (4,) in pixels, inside `shape` (H, W).
-
-    `default` (4,) stands in for no widget, and for one whose boxes the reader has deleted.
-    """
-    if widget is None or not widget.bboxes:
-        return np.asarray(default, dtype=np.float32)
-    x, y, width, height = (widget.bboxes[-1][name] for name in ("x", "y", "width", "height"))
-    limits = np.array([shape[1], shape[0]] * 2) - 1
-    return np.clip([x, y, x + width, y + height], 0, limits).astype(np.float32)

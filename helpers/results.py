@@ -34,12 +34,14 @@ INPUTS = (
 FROM_THE_TRUTH = (*PROMPTS[2:], *INPUTS[2:])
 
 
-def folder(path: str | Path = "") -> Path:
-    """Return the folder of result files: `path`, else `results/` of the checkout, else of here."""
-    if path:
-        return Path(path).expanduser()
+def folder(path: str | Path = "", profile: str = "full") -> Path:
+    """Return the folder of result files: `path`, else `results/` of the checkout, else of here.
+
+    A reduced `profile` has a subfolder of its name, so that it never stands in for a full run.
+    """
     checkout = Path(__file__).resolve().parent.parent
-    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
+    own = (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
+    return (Path(path).expanduser() if path else own) / ("" if profile == "full" else profile)
 
 
 def committed_folder() -> Path:
@@ -69,15 +71,17 @@ def device_name(device="cpu") -> str:
     return f"CPU, {os.cpu_count()} cores"
 
 
-def banner(index: pd.DataFrame, seed: int, device="cpu") -> None:
-    """Print what a result file will record: data, versions, device, seed."""
+def banner(index: pd.DataFrame, seed: int, device="cpu", profile: str = "full") -> None:
+    """Print what a result file will record: data, versions, device, seed, profile."""
     source = index.source.iloc[0]
     counts = ", ".join(f"{n} {label}" for label, n in index.label.value_counts().items())
     if source == "synthetic":
         print("SYNTHETIC images: no score below says anything about real ultrasound")
     print(f"{source}: {len(index)} images ({counts})")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(f"{device_name(device)}, seed {seed}")
+    print(f"{device_name(device)}, seed {seed}, {profile} profile")
+    if profile != "full":
+        print(f"A {profile.upper()} run, with few images or epochs: its scores say little about the models")
 
 
 def timed(function, *arguments):
@@ -98,8 +102,7 @@ class Recorder:
         seed: of the run.
         fold: the test fold, or "all" where no fold was held out.
         device: torch device that it ran on.
-        path: folder of result files, as for `folder`.
-        profile: of the settings; tables show "full" runs only.
+        path, profile: as for `folder`; tables show full runs only.
     """
 
     rows: pd.DataFrame
@@ -176,7 +179,7 @@ class Recorder:
         about |= {"versions": versions(), "details": details or {}, "date": str(datetime.date.today())}
         words = [self._data["source"], key, prompt, self._data["split"], f"fold {self.fold}"]
         name = " ".join([*words, f"seed {self.seed} n{len(self.rows)}"]).lower()
-        target = folder(self.path) / f"{re.sub(r'[^a-z0-9]+', '-', name)}.json"
+        target = folder(self.path, self.profile) / f"{re.sub(r'[^a-z0-9]+', '-', name)}.json"
         everything = header | result | about | {"per_image": per_image}  # last, for it is long
         cache.write(target, f"{json.dumps(everything, indent=1, allow_nan=False)}\n")
         return target
@@ -226,26 +229,20 @@ def opened(file: Path) -> Iterator[dict]:
         ) from error
 
 
-def load_all(path: str | Path = "", committed: bool = False) -> pd.DataFrame:
-    """Read every result file of a folder.
-
-    Args:
-        path: folder, as for `folder`.
-        committed: also read the project's own result files, where `path` lacks one of that name.
+def load_all(path: str | Path = "", profile: str = "full") -> pd.DataFrame:
+    """Read every result file of a folder and profile, as for `folder`.
 
     Returns:
         DataFrame, one row per file: the header and `data` of the file; for each set of images and metric
         `<set>_<metric>` with its `_low` and `_high`, such as `lesions_dice_low` or `all_accuracy`; `score`
         with `low`, `high` and `score_name`: the Dice of lesion images, or the accuracy; `gain` over the
         ellipse with `gain_low` and `gain_high`; `kept_<loss>` from the training; `sensitivity` to lesions
-        and `false_alarms_per_normal_image` of a pipeline. NaN where a row has no such figure.
+        and `false_alarms_per_normal_image` of a pipeline; `per_image`, a dict. NaN where a row has none.
 
     Raises:
         ValueError: a file is cut off or of another format.
     """
-    files = {file.name: file for file in committed_folder().glob("*.json")} if committed else {}
-    files |= {file.name: file for file in folder(path).glob("*.json")}
-    return pd.DataFrame([_flat(files[name]) for name in sorted(files)])
+    return pd.DataFrame([_flat(file) for file in sorted(folder(path, profile).glob("*.json"))])
 
 
 def _flat(file):
@@ -264,27 +261,18 @@ def _flat(file):
         flat["score_name"] = "Dice" if result["task"] == "segmentation" else "accuracy"
         kept = result["details"].get("training", {}).get("kept", {})
         flat |= {f"kept_{name}": value for name, value in kept.items()}
+        flat["per_image"] = result["per_image"]
         return flat | result["details"].get("detection", {})
 
 
-def load_scaling() -> dict:
-    """Return what bulk runs cost: the committed file that `tests/benchmarks/bulk.py` wrote.
-
-    Its list `runs` holds dicts of `model`, `images`, `ms_per_image`, `peak_mb` (dict: MB) and more.
-    """
-    return json.loads((committed_folder() / "bulk" / "scaling.json").read_text(encoding="utf-8"))
-
-
-def select(
-    results: pd.DataFrame, fold=0, seed=0, source="BUSI", split="grouped", profile="full"
-) -> pd.DataFrame:
+def select(results: pd.DataFrame, fold=0, seed=0, source="BUSI", split="grouped") -> pd.DataFrame:
     """Return the rows that may stand in one table: one data set, split and fold, the whole fold.
 
     Raises:
         ValueError: there are none, or some scored other images than the rest of their task.
     """
     if len(results):
-        wanted = {"source": source, "fold": fold, "seed": seed, "split": split, "profile": profile}
+        wanted = {"source": source, "fold": fold, "seed": seed, "split": split, "profile": "full"}
         results = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     if not len(results):
         raise ValueError(

@@ -170,11 +170,6 @@ def device() -> str:
     return "cuda" if _GPUS else "cpu"
 
 
-def default_width() -> int:
-    """Return the reference's 64 filters where there is a GPU, else what two cores train in minutes."""
-    return 64 if _GPUS else 16
-
-
 def _policy(precision):
     if precision == "auto":
         native = multiplies_bfloat16(torch.device(device()))
@@ -429,11 +424,3 @@ def _probabilities(network, images, mirror):
     if network.get_layer("head").activation is keras.activations.relu:
         return [np.clip(output, 0, 1) for output in own]
     return [1 / (1 + np.exp(-np.clip(logits, -80, 80))) for logits in own]
-
-
-def feature_maps(network: keras.Model, image: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what each level makes of an image: dict from level to float32 (side, side, features)."""
-    inner = keras.Model(network.input, [network.get_layer(name).output for name in LEVEL_NAMES])
-    batch = (_stretch(image, network.input_shape[1]) / np.float32(255))[None, ..., None]
-    maps = inner.predict(batch, verbose=0)
-    return {name: found[0].astype(np.float32) for name, found in zip(LEVEL_NAMES, maps)}

@@ -1,12 +1,10 @@
-"""VGG-16 classifies a breast image as normal, benign or malignant. Build, train, predict, explain.
+"""VGG-16 classifies a breast image as normal, benign or malignant. Build, train, predict.
 
 K. Simonyan, A. Zisserman, "Very deep convolutional networks", ICLR 2015; torchvision's network.
 """
 
 import dataclasses
 import functools
-import pickle
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -65,8 +63,13 @@ class Config(training.Config):
             object.__setattr__(self, "learning_rate", RATES[self.weights])
 
 
-def default_weights() -> str:
-    """Return "imagenet" where torchvision's weights come, otherwise "synthetic", and say which."""
+def default_weights(profile: str = "full") -> str:
+    """Return "imagenet" where torchvision's weights come, otherwise "synthetic", and say which.
+
+    A reduced profile trains a narrow network from "scratch", for ImageNet's weights take a wide one.
+    """
+    if profile != "full":
+        return "scratch"
     try:
         VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, no room, a broken download
@@ -74,11 +77,6 @@ def default_weights() -> str:
         return "synthetic"
     print("VGG-16 starts from torchvision's ImageNet weights")
     return "imagenet"
-
-
-def default_size() -> int:
-    """Return the published 224 pixels where there is a GPU, else what two cores train in minutes."""
-    return 224 if torch.cuda.is_available() else 96
 
 
 def build(imagenet=False, width: int = WIDTH, seed: int = 0, activation: str = "relu") -> VGG:
@@ -99,7 +97,6 @@ def build(imagenet=False, width: int = WIDTH, seed: int = 0, activation: str = "
         for position, module in enumerate(part):
             if isinstance(module, nn.ReLU) and activation != "relu":
                 part[position] = ACTIVATIONS[activation]()
-    network.activation = activation  # goes into the file, for the weights don't tell
     return network
 
 
@@ -256,57 +253,3 @@ def predict(network: VGG, pictures: np.ndarray) -> np.ndarray:
     `pictures` are uint8 (N, size, size, 3) RGB, as from the function of that name.
     """
     return torch.softmax(_logits(network, pictures), 1).numpy()
-
-
-def explain(network: VGG, pictures: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Show where a network sees its class: R. Selvaraju et al., "Grad-CAM", ICCV 2017; MONAI's.
-
-    Returns:
-        (float32 (N, size, size) in 0..1, large where the last convolution speaks for the most
-        probable class, 0 where it says nothing or the opposite; the names of these classes).
-    """
-    from monai.visualize import GradCAM
-
-    for module in network.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False  # writing in place would spoil the gradients
-    classes = _logits(network, pictures).argmax(1).tolist()
-    # MONAI's own postprocessing turns the scale round: its 0 is the largest.
-    cam = GradCAM(network, target_layers="features.29", postprocessing=lambda found: found)
-    pixels = _normalise(torch.from_numpy(pictures).to(next(network.parameters()).device))
-    maps = [cam(one[None], class_idx=k)[0, 0].detach().cpu() for one, k in zip(pixels, classes)]
-    largest = np.max(maps, axis=(1, 2), keepdims=True)
-    return np.stack(maps) / np.maximum(largest, 1e-12), [data.LABELS[k] for k in classes]
-
-
-def save(network: VGG, path: str | Path) -> None:
-    """Write the weights to a .pt file, which appears whole or not at all."""
-    with cache.atomic(path) as scratch:
-        torch.save(network.state_dict() | {"activation": network.activation}, scratch)
-
-
-def load(path: str | Path) -> VGG:
-    """Read a network that `save` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file does not hold the weights of this VGG-16.
-    """
-    try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; helpers.vgg.save writes it") from None
-    except (RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} can't be read as weights: {error}") from error
-    shapes = {name: tuple(each.shape) for name, each in state.items() if hasattr(each, "shape")}
-    width = shapes.get("features.0.weight", (WIDTH,))[0]
-    with torch.device("meta"):
-        network = build(width=width, activation=state.pop("activation", "relu"))
-    if shapes != {name: tuple(value.shape) for name, value in network.state_dict().items()}:
-        raise ValueError(
-            f"{path} holds no VGG-16 with {len(data.LABELS)} classes but {len(shapes)} weights such as "
-            f"{next(iter(shapes.items()), 'none')}; helpers.vgg.save writes such files"
-        )
-    network.load_state_dict(state, assign=True)
-    device = default_device()
-    return network.to(device, memory_format=torch.channels_last).eval()

@@ -1,14 +1,58 @@
-"""Make the tables and the figure of README from the result files beside this file: `make table`.
+"""Make tables and figures from the result files beside this file: `make table`.
 
-A block of README between `<!-- name -->` and `<!-- /name -->` is a table; the text around it stays.
+A block between `<!-- name -->` and `<!-- /name -->` in README.md or results/README.md is a table; the text
+around it stays. `lesions.png` is drawn anew where `$BUSBRA_DIR` names BUS-BRA.
 """
 
+import os
+
+import matplotlib.pyplot as plt
 import pandas as pd
 
-from helpers import cache, data, metrics, plots
+from helpers import cache, data, metrics, pipeline, plots
 from helpers.metrics import interval_text
 from helpers.results import folder, load_all, opened, select
 from helpers.tables import beside_published, class_table, leakage_table, table
+
+# The rows of README's table: key and prompt.
+MAIN = (
+    ("box-ellipse", "ground-truth box"),
+    ("medsam-released", "ground-truth box"),
+    ("medsam-finetuned", "ground-truth box"),
+    ("unet-improved", "none"),
+    ("pipeline", "predicted box"),
+    ("vgg", "image alone"),
+)
+
+
+def main_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Lay the rows of `MAIN` out for README, as text: model, what it is given, its score, false alarms."""
+    rows = results.set_index(["key", "prompt"]).loc[list(MAIN)].reset_index()
+    scores = [
+        f"{name} {interval_text(*values)}"
+        for name, *values in rows[["score_name", "score", "low", "high"]].itertuples(index=False)
+    ]
+    marked = [_text(1 - dice, ".0%") for dice in rows.reindex(columns=["normal_dice"]).normal_dice]
+    columns = {"Model": rows["title"], "Given": rows.prompt, "Score": scores, "Normal images marked": marked}
+    return pd.DataFrame(columns)
+
+
+def lesions_figure(root: str, limit=48) -> plt.Figure:
+    """Draw four lesions of BUS-BRA with the package's pipeline: the 20th to 80th percentile of Dice.
+
+    `root` is BUS-BRA's folder; of its images, `limit` go through the pipeline, spread over the set.
+    """
+    pipe, rows = pipeline.load(), data.spread(data.load_busbra(root), limit)
+    found = {row.image_id: pipe.segment(data.read_image(row.image_path)).mask for row in rows.itertuples()}
+    scores = metrics.score(rows, found).sort_values("dice").set_index("image_id")
+    figure, cells = plt.subplots(1, 4, figsize=(13, 3.3), layout="constrained")
+    for axes, share in zip(cells, (0.2, 0.4, 0.6, 0.8)):
+        name = scores.index[round(share * (len(scores) - 1))]
+        row = rows[rows.image_id == name].iloc[0]
+        plots.overlay(data.read_image(row.image_path), data.read_truth(row), found[name], axes=axes)
+        axes.set_title(f"{row.label}, Dice {scores.dice[name]:.2f}")
+    plots.legend(figure, "truth", "prediction")
+    return figure
 
 
 def folds_table(results: pd.DataFrame, source="BUSI") -> pd.DataFrame:
@@ -101,8 +145,9 @@ def tuned_table(path="") -> pd.DataFrame:
 
 
 def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the tables of README by the name of their block, from the frame of `load_all`."""
+    """Return the tables by the name of their block, from the frame of `load_all`."""
     return {
+        "main": main_table(select(results)),
         "results": table(select(results)),
         "classes": class_table(select(results)),
         "published": beside_published(select(results)),
@@ -113,17 +158,21 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def write_readme() -> None:
-    """Make README's tables and figure from the files in results/."""
+def write() -> None:
+    """Make the tables of README.md and results/README.md, and the figures, from the files in results/."""
     everything = load_all()
-    readme = folder().parent / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, frame in readme_tables(everything).items():
-        before, start, rest = text.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        text = f"{before}{start}\n{markdown(frame)}\n{end}{after}"
-    cache.write(readme, text)
-    plots.comparison(select(everything)).savefig(folder() / "comparison.png", dpi=150)
+    tables = readme_tables(everything)
+    for readme in (folder().parent / "README.md", folder() / "README.md"):
+        text = readme.read_text(encoding="utf-8")
+        for name, frame in tables.items():
+            if f"<!-- {name} -->" in text:
+                before, start, rest = text.partition(f"<!-- {name} -->")
+                _, end, after = rest.partition(f"<!-- /{name} -->")
+                text = f"{before}{start}\n{markdown(frame)}\n{end}{after}"
+        cache.write(readme, text)
+    plots.comparison(select(everything)).savefig(folder() / "comparison.png", dpi=120)
+    if os.environ.get("BUSBRA_DIR"):
+        lesions_figure(os.environ["BUSBRA_DIR"]).savefig(folder() / "lesions.png", dpi=110)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -137,4 +186,4 @@ def _text(value, digits):
 
 
 if __name__ == "__main__":
-    write_readme()
+    write()

@@ -257,7 +257,9 @@ def test_no_busi_no_network_names_all_three_ways():
 @pytest.mark.usefixtures("offline")
 def test_synthetic_images_never_step_in_silently(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    index = data.load_dataset("auto", 6)
+    monkeypatch.setenv("NB_SYNTHETIC_IMAGES", "6")
+    index = data.load_dataset("auto")
+    assert len(index) == 18
     assert set(index.source) == {"synthetic"}
     assert "SYNTHETIC images, not patients (BUSI was not found" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="BUSI was not found"):

@@ -160,12 +160,13 @@ def test_jitter_curve(index):
     curve = metrics.jitter_curve(
         rows,
         prompts.truth_boxes(rows),
-        lambda boxes: prompts.fill_ellipses(rows, boxes),
-        "ellipse",
+        {"ellipse": lambda boxes: prompts.fill_ellipses(rows, boxes)},
         pixels=(0, 20),
     )
-    assert curve.pixels.tolist() == [0, 20]
-    assert curve["mean"].iloc[0] > curve["mean"].iloc[1]
+    assert curve.pixels.tolist() == [0, 20, 0, 20]
+    assert curve.way.tolist() == ["outwards", "outwards", "either way", "either way"]
+    assert curve["mean"].iloc[0] == curve["mean"].iloc[2] > curve["mean"].iloc[1]
+    assert set(curve.model) == {"ellipse"}
     assert set(curve.source) == {"synthetic"}
 
 
@@ -177,9 +178,19 @@ def test_jitter_curve_passes_seed_and_direction_on(index):
         seen.append(boxes)
         return prompts.fill_ellipses(rows, boxes)
 
-    metrics.jitter_curve(rows, boxes, predict, "e", pixels=(10,), seed=3, inward=True)
-    expected = prompts.jitter_boxes(rows, boxes, 10, 3, True)
-    assert all(np.array_equal(seen[0][name], box) for name, box in expected.items())
+    metrics.jitter_curve(rows, boxes, {"e": predict}, pixels=(10,), seed=3)
+    for inward, given in zip((False, True), seen, strict=True):
+        expected = prompts.jitter_boxes(rows, boxes, 10, 3, inward)
+        assert all(np.array_equal(given[name], box) for name, box in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"), [(0.01, 0.03, True), (-0.03, -0.01, True), (-0.01, 0.03, False), (0, 0, False)]
+)
+def test_a_difference_is_shown_only_where_its_interval_excludes_zero(low, high, shown):
+    said = metrics.verdict(0.01, low, high)
+    assert said.startswith(f"+0.010 [{low:+.3f}, {high:+.3f}]")
+    assert ("no difference" in said) is not shown
 
 
 # Classification; columns are normal, benign, malignant.

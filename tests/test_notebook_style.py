@@ -54,7 +54,9 @@ def test_badge_opens_this_file(path, cells):
     slug = REPOSITORY.removeprefix("https://github.com/")
     link = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
     assert f"({link})" in cells[0].source
-    assert f"({link})" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"[![Open in Colab][badge]][{path.stem[:2]}]" in readme
+    assert f"\n[{path.stem[:2]}]: {link}\n" in readme
 
 
 def test_first_code_cell_is_the_same_everywhere(code):
@@ -64,28 +66,43 @@ def test_first_code_cell_is_the_same_everywhere(code):
 
 
 def test_settings_stand_in_the_second_code_cell_each_with_its_reason(code):
-    settings = [line for line in lines(code[1]) if "param(" in line and "import" not in line]
-    assert settings
-    for line in settings:
-        assert re.fullmatch(r'([A-Z_]+) = param\("\1", .+\)  # .+', line), line
-    assert not any("param(" in source for source in code[2:])
+    assert "DATA, FOLD, SEED, PROFILE, CACHE, RESULTS = params.common()  # those of every notebook" in code[1]
+    for line in lines(code[1]):
+        if " = param(" in line:
+            assert re.fullmatch(r'([A-Z_]+) = param\("\1", .+\)  # .+', line), line
+    assert not any(" param(" in source for source in code[2:])
+
+
+def test_setup_and_settings_are_folded_and_training_asks_for_a_gpu(path, cells):
+    setup, settings = (cell for cell in cells[:3] if cell.cell_type == "code")
+    for cell in (setup, settings):
+        assert cell.source.startswith("# @title ")
+        assert cell.metadata["cellView"] == "form"
+    wanted = nbformat.read(path, as_version=4).metadata.get("accelerator")
+    assert wanted == (None if path.stem[:2] in ("01", "06") else "GPU")
+
+
+def test_github_renders_it(path):
+    # It refuses a notebook whose widgets lack their state.
+    assert "widgets" not in nbformat.read(path, as_version=4).metadata
 
 
 def test_cells_are_short_and_only_lessons_hold_mechanism(cells):
     code = [cell for cell in cells if cell.cell_type == "code"]
-    assert median(len(lines(cell.source)) for cell in code) <= 4
+    others = [cell for cell in code if "lesson" not in cell.metadata.get("tags", [])]
+    assert median(len(lines(cell.source)) for cell in others) <= 4
     for cell in code:
         assert len(lines(cell.source)) <= 25
-        assert set(cell.metadata.get("tags", [])) <= {"lesson"}
+        assert set(cell.metadata.get("tags", [])) <= {"lesson", "data"}  # tests/test_lessons.py
     for cell in code[1:]:
         statements = {type(node) for node in ast.walk(ast.parse(cell.source))}
         mechanism = {ast.FunctionDef, ast.For, ast.With}  # a lesson shows the idea itself
         if "lesson" in cell.metadata.get("tags", []):
-            assert statements & mechanism, f"no lesson: {cell.source}"
             mechanism = set()
+        else:
+            assert "imshow" not in cell.source
         mechanism |= {ast.ClassDef, ast.While, ast.If, ast.Try}
         assert not statements & mechanism, f"mechanism belongs in helpers: {cell.source}"
-        assert "imshow" not in cell.source
 
 
 def test_no_shell_and_no_magic_outside_the_first_cell(code):
@@ -134,7 +151,9 @@ def test_colab_installs_without_moving_what_is_there(code, monkeypatch):
 
 def test_readme_lists_every_notebook_with_its_time(path, cells):
     takes = re.search(r"\*\*Takes\*\* about (\d+) minute", cells[0].source)[1]
+    full = re.search(r"about (\d+)\s+in\s+full", cells[0].source)
+    assert full or "quick or full" in cells[0].source
     row = next(
         line for line in (ROOT / "README.md").read_text().splitlines() if f"notebooks/{path.name}" in line
     )
-    assert f"| {takes} |" in row
+    assert f"| {takes} | {full[1] if full else takes} |" in row

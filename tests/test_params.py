@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.params import SETTINGS, check, limited, param
+from helpers import devices
+from helpers.params import SETTINGS, check, common, limited, param, profile
 
 NOTEBOOKS = sorted(Path(__file__).parent.parent.glob("notebooks/*.ipynb"))
 
@@ -17,6 +18,27 @@ def clean_environment(monkeypatch):
 
 def test_default_without_override():
     assert param("LIMIT", 7) == 7
+
+
+@pytest.mark.parametrize(("name", "given", "alone"), [("full", 7, 7), ("quick", 3, 7), ("test", 1, 7)])
+def test_a_setting_has_a_value_in_each_profile(monkeypatch, name, given, alone):
+    monkeypatch.setenv("NB_PROFILE", name)
+    assert param("LIMIT", 7, quick=3, test=1) == given
+    assert param("LIMIT", 7) == alone
+    assert param("LIMIT", 7, quick=3) == (7 if name == "full" else 3)
+    assert common()[3] == name
+
+
+def test_the_profile_follows_the_hardware(monkeypatch):
+    for device, expected in (("cpu", "quick"), ("cuda", "full"), ("mps", "full")):
+        monkeypatch.setattr(devices, "default_device", lambda device=device: device)
+        assert profile() == expected
+
+
+def test_an_unknown_profile_is_named(monkeypatch):
+    monkeypatch.setenv("NB_PROFILE", "fast")
+    with pytest.raises(ValueError, match="NB_PROFILE='fast' is none of test, quick, full"):
+        param("LIMIT", 7)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +74,7 @@ def test_what_container_images_set_is_no_misspelling(monkeypatch):
     assert param("SEED", 5) == 5
 
 
-@pytest.mark.parametrize("name", ["LIMITT", "EPOCH", "SEEDs", "CHEKPOINT", "UNET_EPOCS", "limit"])
+@pytest.mark.parametrize("name", ["LIMITT", "VGG_EPOCH", "SEEDs", "CHEKPOINT", "UNET_EPOCS", "limit"])
 def test_near_misses_are_told(monkeypatch, name):
     monkeypatch.setenv(f"NB_{name}", "3")
     with pytest.raises(ValueError, match=f"NB_{name}, which no notebook reads .did you mean NB_"):
@@ -72,8 +94,13 @@ def test_unknown_setting():
 
 
 def test_every_setting_is_read_by_a_notebook():
-    used = {name for path in NOTEBOOKS for name in re.findall(r'param\(\\"(\w+)\\"', path.read_text())}
-    assert used == set(SETTINGS)
+    used = {
+        name
+        for path in NOTEBOOKS
+        for name in re.findall(r'param\((?:\\n",\s*"\s*)?\\"(\w+)\\"', path.read_text())
+    }
+    common = {"DATA", "FOLD", "SEED", "PROFILE", "CACHE", "RESULTS", "SYNTHETIC_IMAGES"}
+    assert used | common == set(SETTINGS)
 
 
 @pytest.mark.parametrize("text", ["0", "false", "no", "False", "1", "true", "yes", "TRUE"])

@@ -87,8 +87,9 @@ def test_rows_get_boxes_and_ellipses(index):
     boxes = prompts.truth_boxes(rows)
     assert list(boxes) == list(rows.image_id)
     loose = prompts.jitter_boxes(rows, boxes, 10)
-    for row, ellipse in zip(rows.itertuples(), prompts.fill_ellipses(rows, loose).values()):
-        assert ellipse.sum() > prompts.fill_ellipse(boxes[row.image_id], ellipse.shape).sum()
+    tight = prompts.fill_ellipses(rows, boxes)
+    for name, ellipse in prompts.fill_ellipses(rows, loose).items():
+        assert ellipse.sum() > tight[name].sum()
 
 
 @pytest.fixture
@@ -104,36 +105,40 @@ def two_rows(tmp_path):
 
 
 def test_specks_do_not_widen_the_box(two_rows):
-    assert prompts.truth_boxes(two_rows)["a"].tolist() == [10, 5, 29, 14]
+    assert prompts.truth_boxes(two_rows)["a"].tolist() == [[10, 5, 29, 14]]
+
+
+def test_each_lesion_has_a_box_and_its_own_jitter(tmp_path):
+    mask = np.zeros((40, 80), dtype=np.uint8)
+    mask[5:15, 10:30] = mask[20:30, 50:70] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.new("L", (80, 40)).save(tmp_path / "image.png")
+    row = {"image_path": tmp_path / "image.png", "mask_paths": (tmp_path / "mask.png",), "image_id": "a"}
+    rows = pd.DataFrame([row])
+    boxes = prompts.truth_boxes(rows)
+    assert boxes["a"].tolist() == [[10, 5, 29, 14], [50, 20, 69, 29]]
+    first, second = prompts.jitter_boxes(rows, boxes, 4)["a"]
+    assert np.array_equal(first, prompts.jitter_box(boxes["a"][0], (40, 80), 4, "a"))
+    assert not np.allclose(second - first, boxes["a"][1] - boxes["a"][0])
+    [filled] = prompts.fill_ellipses(rows, boxes).values()
+    assert filled[10, 20]
+    assert filled[25, 60]
+    assert not filled[18, 40]  # between the two
 
 
 def test_jitter_boxes_passes_everything_on(two_rows):
     boxes = prompts.truth_boxes(two_rows)
-    for name, box in prompts.jitter_boxes(two_rows, boxes, 4, seed=3, inward=True).items():
-        assert np.array_equal(box, prompts.jitter_box(boxes[name], (30, 60), 4, name, 3, True))
+    for name, [box] in prompts.jitter_boxes(two_rows, boxes, 4, seed=3, inward=True).items():
+        assert np.array_equal(box, prompts.jitter_box(boxes[name][0], (30, 60), 4, name, 3, True))
     whole = dict.fromkeys("ab", [0, 0, 59, 29])
-    assert prompts.jitter_boxes(two_rows, whole, 4)["a"].tolist() == [0, 0, 59, 29]
-
-
-@pytest.mark.filterwarnings("ignore:Traits should be given as instances")  # the widget's own
-def test_drawing_a_box():
-    image = np.zeros((30, 40, 3), dtype=np.uint8)
-    assert prompts.draw_box(image, [1, 2, 3, 4], enabled=False) is None
-    assert prompts.drawn_box(None, image.shape, [1, 2, 3, 4]).tolist() == [1, 2, 3, 4]
-    widget = prompts.draw_box(image, [10, 5, 19, 8])
-    assert widget.image_bytes.startswith(b"\x89PNG")
-    assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [10, 5, 19, 8]
-    widget.bboxes = [*widget.bboxes, {"x": 30, "y": -2, "width": 25, "height": 10, "label": "lesion"}]
-    assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [30, 0, 39, 8]
-    widget.bboxes = []
-    assert prompts.drawn_box(widget, image.shape, [0, 0, 1, 1]).tolist() == [0, 0, 1, 1]
+    assert prompts.jitter_boxes(two_rows, whole, 4)["a"].tolist() == [[0, 0, 59, 29]]
 
 
 def test_a_typical_box_is_the_mean_of_the_training_lesions(index):
     lesions = data.lesions(index)
     one = lesions.head(1)
     box = prompts.truth_boxes(one)[one.image_id[0]]
-    assert prompts.typical_boxes(one, one)[one.image_id[0]] == pytest.approx(box)
+    assert prompts.typical_boxes(one, one)[one.image_id[0]] == pytest.approx(box[0])
     many = prompts.typical_boxes(index, index)  # normal rows have no box, and get one
     assert set(many) == set(index.image_id)
     shapes = {row.image_id: data.image_shape(row) for row in index.itertuples()}
@@ -146,22 +151,3 @@ def test_empty_masks(index):
     assert list(masks) == index.image_id.head(2).tolist()
     assert not any(mask.any() for mask in masks.values())
     assert masks[index.image_id[0]].shape == data.image_shape(index.iloc[0])
-
-
-def test_the_largest_part_of_a_predicted_mask_gives_the_box():
-    mask = np.zeros((40, 60), bool)
-    mask[5:10, 5:10] = True
-    mask[20:30, 30:50] = True
-    mask[30, 50] = True  # touches by its corner
-    found = prompts.mask_boxes({"two": mask, "none": np.zeros((40, 60), bool)})
-    assert list(found) == ["two"]
-    assert found["two"].tolist() == [30, 20, 50, 30]
-
-
-def test_a_predicted_line_gives_a_box_that_a_segmenter_takes():
-    for line in (np.s_[20, 30:50], np.s_[30:35, 0], np.s_[39, 59]):
-        mask = np.zeros((40, 60), bool)
-        mask[line] = True
-        x_min, y_min, x_max, y_max = prompts.mask_boxes({"line": mask})["line"]
-        assert 0 <= x_min <= x_max - 1 < 59
-        assert 0 <= y_min <= y_max - 1 < 39

@@ -190,17 +190,6 @@ def test_results_of_other_images_are_refused_with_the_reason(run, index, tmp_pat
         results.select(results.load_all(tmp_path), source="synthetic")
 
 
-def test_committed_files_stand_in_for_missing_ones(run, tmp_path, monkeypatch):
-    own, committed = tmp_path / "own", tmp_path / "committed"
-    save(run, committed, key="a", seconds=1)
-    save(run, committed, key="b", seconds=2)
-    save(run, own, key="a", seconds=3)
-    monkeypatch.setattr(results, "committed_folder", lambda: committed)
-    frame = results.load_all(own, committed=True)
-    assert dict(zip(frame.key, frame.seconds)) == {"a": 3, "b": 2}
-    assert results.load_all(own).key.tolist() == ["a"]
-
-
 def test_training_is_summed_up():
     history = pd.DataFrame(
         {
@@ -217,3 +206,14 @@ def test_training_is_summed_up():
         "kept": {"train_loss": 0.5, "val_loss": 0.6},
         "seconds": 6.0,
     }
+
+
+def test_a_reduced_run_lies_in_a_folder_of_its_own(run, tmp_path):
+    full = save(run, tmp_path)
+    scores, rows = run
+    quick = results.Recorder(rows, path=tmp_path, profile="quick")
+    file = quick.segmentation(scores, key="box-ellipse", title="e", prompt="jittered box")
+    assert (full.parent, file.parent) == (tmp_path, tmp_path / "quick")
+    assert results.load_all(tmp_path).profile.tolist() == ["full"]
+    assert results.load_all(tmp_path, "quick").profile.tolist() == ["quick"]
+    assert results.folder("", "quick") == results.folder() / "quick"

@@ -1,7 +1,6 @@
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,10 +25,11 @@ def test_committed_results_are_of_one_test_fold():
     assert set(frame[frame.key == "box-ellipse"].prompt) == set(results.PROMPTS[2:])
 
 
-def test_readme_shows_the_committed_results():
-    readme = (results.folder().parent / "README.md").read_text()
-    for name, frame in make_tables.readme_tables(results.load_all()).items():
-        assert f"<!-- {name} -->\n{make_tables.markdown(frame)}\n<!-- /{name} -->" in readme
+def test_readmes_show_the_committed_results():
+    texts = [(results.committed_folder() / path).read_text() for path in ("../README.md", "README.md")]
+    for name, frame in make_tables.readme_tables(results.load_all(results.committed_folder())).items():
+        block = f"<!-- {name} -->\n{make_tables.markdown(frame)}\n<!-- /{name} -->"
+        assert block in texts[name != "main"]
 
 
 def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path):
@@ -47,27 +47,36 @@ def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path)
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_write_readme_keeps_the_text_around_the_table(run, tmp_path, monkeypatch):
+def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     scores, rows = run
     rows = rows.assign(source="BUSI")
-    save((scores, rows), tmp_path / "results")
-    readme = tmp_path / "README.md"
+    for key, prompt in make_tables.MAIN:
+        if prompt in results.PROMPTS:
+            save((scores, rows), tmp_path / "results", key=key, prompt=prompt)
+    monkeypatch.setattr(make_tables, "MAIN", make_tables.MAIN[:-1])  # no classifier ran
+    monkeypatch.delenv("BUSBRA_DIR", raising=False)
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
     names = ("results", "classes", "published", "leakage", "folds", "ablation", "tuned")
-    readme.write_text("before\n" + "between\n".join(map(block.format, names)) + "after\n")
+    (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
+    tables = "between\n".join(map(block.format, names))
+    (tmp_path / "results/README.md").write_text("before\n" + tables + "after\n")
     (tmp_path / "results/ablation.csv").write_text(
         "variant,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
         "nothing,,0.9,0.8,0.7,0.6\nmagic,12,0.91,0.81,0.71,0.61\n"
     )
     for module in (results, make_tables):
-        monkeypatch.setattr(module, "folder", lambda path="": tmp_path / "results")
-    make_tables.write_readme()
-    text = readme.read_text()
+        monkeypatch.setattr(module, "folder", lambda path="", profile="full": tmp_path / "results")
+    make_tables.write()
+    main = (tmp_path / "README.md").read_text()
+    assert main.startswith("before\n<!-- main -->\n| Model | Given | Score |")
+    assert main.count("| Dice 0.") == 5
+    assert main.endswith("<!-- /main -->\nafter\n")
+    text = (tmp_path / "results/README.md").read_text()
     assert text.startswith("before\n<!-- results -->\n| Prompt")
     assert "<!-- /results -->\nbetween\n<!-- classes -->\n| Given" in text
     assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
     assert text.endswith("<!-- /tuned -->\nafter\n")
-    assert "outdated" not in text
+    assert "outdated" not in main + text
     assert (tmp_path / "results/comparison.png").is_file()
 
 
@@ -146,29 +155,6 @@ def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_pat
     assert table["Lesions found"].iloc[-1] == "80%"
     assert table["False alarms per normal image"].iloc[-1] == "0.25"
     assert table.Accuracy.iloc[-1] == "1.000"
-
-
-def test_notebook_06_names_what_is_missing_and_what_is_largest(filled):
-    rows, everything = filled
-    worse = rows.assign(key="another", title="worse", score=rows.score - 0.1)
-    notebook = nbformat.read(results.folder().parent / "notebooks/06_metrics_comparison.ipynb", as_version=4)
-    names = {"np": np, "pd": pd, "tables": tables, "Markdown": str, "everything": everything}
-    names |= {"rows": pd.concat([worse, rows], ignore_index=True)}
-    names |= {"leakage": tables.leakage_table(everything, source="synthetic")}
-    names["confidence"] = pd.DataFrame({"probability": [0.55], "Dice loss": [0.57]})
-    names["nothing"] = pd.DataFrame({"pixel_accuracy": [0.9]})
-    lists = next(cell.source for cell in notebook.cells if "tables.EXPECTED" in cell.source)
-    exec(lists, names)
-    assert len(names["missing"]) == len(tables.EXPECTED) - 2
-    assert "03_medsam" in names["missing"].notebook.tolist()
-    exec(notebook.cells[-1].source.replace("\nMarkdown(", "\nsaid = Markdown("), names)
-    said = names["said"]
-    assert "Without a box, the largest mean Dice on lesion images is **0.700**" in said
-    assert "by U-Net, grouped; it marks something on 25% of the normal ones" in said
-    assert "From the image alone, the largest mean accuracy is **1.000**" in said
-    assert "by VGG-16: balanced 1.000" in said
-    assert "scores +0.050 Dice against the grouped one" in said
-    assert "Missing: medsam-released, ground-truth box; run 03_medsam.ipynb." in said
 
 
 def test_markdown_is_a_table():

@@ -145,7 +145,6 @@ def test_a_setting_of_channels_first_changes_nothing(rows, tmp_path):
     try:
         network = unet.build(config)
         np.testing.assert_allclose(unet.predict(network, image), expected, atol=1e-5)
-        assert list(unet.feature_maps(network, image)) == unet.LEVEL_NAMES
         again, moved = next(iter(unet.batches(rows[0], config)))
         assert np.array_equal(again, images)
         assert np.array_equal(moved, masks)
@@ -322,14 +321,6 @@ def test_prediction_is_a_probability_at_the_images_own_size(rows):
 def test_images_smaller_than_the_stride_are_enlarged():
     network = unet.build(unet.Config(**TINY))
     assert unet.predict(network, np.full((5, 7, 3), 90, np.uint8)).shape == (5, 7)
-
-
-def test_feature_maps_have_the_shapes_of_the_levels(rows):
-    network = unet.build(unet.Config(**TINY))
-    maps = unet.feature_maps(network, data.read_image(rows[1].image_path.iloc[0]))
-    assert list(maps) == unet.LEVEL_NAMES
-    for found, (side, features) in zip(maps.values(), levels(network)):
-        assert found.shape == (side, side, features)
 
 
 def test_another_architecture_is_refused(tmp_path):

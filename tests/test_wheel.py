@@ -74,12 +74,12 @@ def test_the_installed_package_reads_its_data(installed):
         "import helpers\n"
         "from helpers import data, pipeline, results\n"
         "print(helpers.__file__)\n"
-        "print(len(results.load_all('nowhere', committed=True)))\n"
-        "print(len(results.load_scaling()['runs']))\n"
+        "print(len(results.load_all(results.committed_folder())))\n"
+        "print((results.committed_folder() / 'bulk' / 'scaling.json').is_file())\n"
         "print(len(pipeline.load().detectors))\n"
     )
     file, rows, runs, detectors = run(installed, code, PYTHONPATH=libraries)
     assert Path(file).is_relative_to(installed.parent.parent)
     assert int(rows) == len(list((ROOT / "results").glob("busi-*.json"))) > 0
-    assert int(runs) > 0
+    assert runs == "True"
     assert int(detectors) == len(list((ROOT / "helpers/pipeline/weights").glob("*.safetensors"))) > 0

@@ -3,12 +3,11 @@
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from helpers import data, metrics
+from helpers import data, images, metrics
 from helpers.pipeline import robustness
 
 FOUND = 0.5  # least IoU of a predicted part with the lesion that it finds
@@ -59,8 +58,7 @@ def detection(rows: pd.DataFrame, findings: dict) -> pd.DataFrame:
     """
     counts = []
     for row in rows.itertuples():
-        count, parts = cv2.connectedComponents(data.read_truth(row).astype(np.uint8), connectivity=8)
-        lesions, masks = [parts == part for part in range(1, count)], findings[row.image_id].masks
+        lesions, masks = images.parts(data.read_truth(row)), findings[row.image_id].masks
         iou = [[(one & mask).sum() / (one | mask).sum() for mask in masks] for one in lesions]
         hits = np.reshape(iou, (len(lesions), len(masks))) >= FOUND
         counts.append([len(lesions), hits.any(axis=1).sum(), (~hits.any(axis=0)).sum()])
@@ -147,7 +145,7 @@ def _cause(row, mask):
     truth = data.read_truth(row)
     if not mask.any():
         return "missed"
-    if cv2.connectedComponents(truth.astype(np.uint8), connectivity=8)[0] > 2:
+    if len(images.parts(truth)) > 1:
         return "several lesions"
     if (mask & truth).sum() < 0.1 * (mask | truth).sum():
         return "wrong structure"

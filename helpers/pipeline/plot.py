@@ -77,7 +77,7 @@ def confidence_curve(table: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     curve.plot(table.kept, table.mean_dice, color=plots.PREDICTION)
     curve.set(xlabel="share of lesion images kept, by decreasing confidence")
     curve.set(ylabel="their mean Dice", xlim=(0, 1), ylim=(0, 1.02))
-    return plots.finish(figure, rows, "Does the pipeline know when it is wrong?")
+    return plots.finish(figure, rows, "Does the pipeline know when it is wrong?", scored=True)
 
 
 def degradations(row) -> Figure:
@@ -89,7 +89,6 @@ def degradations(row) -> Figure:
         for cell, level in zip(line, levels):
             changed, mask = robustness.apply(image, truth, kind, level, row.image_id)
             plots.overlay(changed, mask, axes=cell)
-            cell.set_aspect("auto")
             cell.set_title(f"{kind}, level {level}", fontsize=8)
     return plots.finish(figure, row, row.image_id)
 
@@ -107,6 +106,6 @@ def degradation_curves(table: pd.DataFrame, rows: pd.DataFrame, seed: int = 0) -
         cell.fill_between(means.level, means.low, means.high, color=plots.PREDICTION, alpha=0.2)
         cell.set_title(kind, fontsize=10)
         cell.set_ylim(0, 1)
-    figure.supxlabel("level", fontsize=10)
+    figure.supxlabel("level of the degradation", fontsize=10)
     figure.supylabel("Dice of lesion images", fontsize=10)
-    return plots.finish(figure, rows, "A frozen pipeline on other scanners' frames")
+    return plots.finish(figure, rows, "The frozen pipeline on simulated degradations", scored=True)

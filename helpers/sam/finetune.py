@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss
 from monai.metrics import compute_dice
 
-from helpers import augment, cache, data, metrics, prompts, training
+from helpers import augment, cache, data, images, metrics, prompts, training
 from helpers.params import limited
 from helpers.sam import embeddings
 from helpers.sam.preprocess import enlarge, scale_box
 
-VERSION = 2  # raise it with every change that gives other numbers: older runs are then not read
+VERSION = 3  # raise it with every change that gives other numbers: older runs are then not read
 WRITE_EVERY = 10  # seconds between two checkpoints: short epochs do not each write one
 PARTS = ("mask decoder", "prompt encoder")
 
@@ -90,10 +90,14 @@ def fit(segmenter, train, val, folder="", report=None, **config) -> pd.DataFrame
         truths = [data.read_truth(row) for row in val.itertuples()]
         return _Examples(segmenter, val, folder), truths
 
+    def train_set():
+        val_set()  # its progress bar before that of the training
+        return _Examples(segmenter, train, folder, config)
+
     try:
         history = training.fit(
             decoder,
-            lambda: _Examples(segmenter, train, folder, config),
+            train_set,
             config,
             run,
             validate=lambda decoder: _validate(segmenter, decoder, *val_set()),
@@ -147,13 +151,19 @@ class _Decoder(torch.nn.Module):
 
 
 class _Examples(torch.utils.data.Dataset):
-    """Embedding, box and truth of each image; with a config, of one of its augmentations per epoch."""
+    """Embedding, box and truth of each lesion; with a config, of one of its augmentations per epoch."""
 
     def __init__(self, segmenter, rows, folder, config=None):
         self.device, self.config, self.epoch = segmenter.device, config, 1
-        self.names = list(rows.image_id)
+        truths = [images.parts(data.read_truth(row)) for row in rows.itertuples()]
+        self.places = [place for place, lesions in enumerate(truths) for _ in lesions]  # of a lesion's row
+        self.names = [
+            prompts.lesion_key(name, number)
+            for name, lesions in zip(rows.image_id, truths)
+            for number in range(len(lesions))
+        ]
         count = config.augmentations if config else 1
-        self.made = [_made(segmenter, rows, folder, k, config) for k in range(count)]
+        self.made = [_made(segmenter, rows, truths, folder, k, config) for k in range(count)]
 
     def __len__(self):
         return len(self.names)
@@ -177,8 +187,8 @@ class _Examples(torch.utils.data.Dataset):
         }
 
 
-def _made(segmenter, rows, folder, augmentation, config):
-    """Return (StoredEmbedding, box or None, bool (grid, grid)) of each row."""
+def _made(segmenter, rows, truths, folder, augmentation, config):
+    """Return (StoredEmbedding, box or None, bool (grid, grid)) of each lesion of each row."""
     seed = config.seed if config else 0
     rank, world = training.processes()
     options = {"seed": seed, "quiet": rank > 0}
@@ -187,14 +197,14 @@ def _made(segmenter, rows, folder, augmentation, config):
         dist.barrier()
     stored = embeddings.embed_rows(segmenter, rows, folder, augmentation, **options)
     made = []
-    for row in rows.itertuples():
-        truth = data.read_truth(row)
-        if augmentation:
-            image = data.read_image(row.image_path)
-            truth = augment.augment(image, truth, augmentation, row.image_id, seed)[1]
-        box = prompts.mask_to_box(truth) if truth.any() else None
-        embedding = stored[row.image_id]
-        made.append((embedding, box, _target(truth, embedding.resized, segmenter)))
+    for row, lesions in zip(rows.itertuples(), truths):
+        for truth in lesions:
+            if augmentation:
+                image = data.read_image(row.image_path)
+                truth = augment.augment(image, truth, augmentation, row.image_id, seed)[1]
+            box = prompts.mask_to_box(truth) if truth.any() else None
+            embedding = stored[row.image_id]
+            made.append((embedding, box, _target(truth, embedding.resized, segmenter)))
     return made
 
 
@@ -213,14 +223,16 @@ def _validate(segmenter, decoder, examples, truths):
     rank, world = training.processes()
     found = []
     for place in range(rank, len(truths), world):
-        stored = examples.made[0][place][0]
-        example = {name: value[None].to(segmenter.device) for name, value in examples[place].items()}
-        logits = decoder.logits(example["features"], example["box"])
-        full = enlarge(logits, stored.image_size, stored.resized, segmenter.preprocessing)
-        mask = full[0, 0].cpu().numpy() > 0
+        mask, losses = np.zeros_like(truths[place]), []
+        for lesion in np.flatnonzero(np.array(examples.places) == place):
+            stored = examples.made[0][lesion][0]
+            example = {name: value[None].to(segmenter.device) for name, value in examples[lesion].items()}
+            logits = decoder.logits(example["features"], example["box"])
+            full = enlarge(logits, stored.image_size, stored.resized, segmenter.preprocessing)
+            mask |= full[0, 0].cpu().numpy() > 0
+            losses.append([loss.item() for loss in decoder.losses(logits, example["target"]).values()])
         dice = metrics.segmentation(mask, truths[place], surface=False)["dice"]
-        losses = decoder.losses(logits, example["target"])
-        found.append([losses["loss"].item(), losses["dice_loss"].item(), dice])
+        found.append([*np.mean(losses, axis=0), dice])
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, found)

@@ -214,8 +214,14 @@ class Segmenter:
         return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
 
     def predict_masks(self, embeddings: dict, boxes: dict) -> dict:
-        """Segment one box in each image that has one: dicts from image_id, the result's to bool (H, W)."""
-        return {name: self.predict(embeddings[name], box) > 0.5 for name, box in boxes.items()}
+        """Segment the boxes, (4,) or (N, 4), of each image that has one: dicts from image_id.
+
+        The result's values are bool (H, W), the masks of an image's boxes joined.
+        """
+        return {
+            name: np.any([self.predict(embeddings[name], box) > 0.5 for box in np.reshape(found, (-1, 4))], 0)
+            for name, found in boxes.items()
+        }
 
     def fit(self, train, val, folder="", report=None, **config):
         """Fine-tune on boxes drawn from the truth, and keep the best epoch's weights.

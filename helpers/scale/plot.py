@@ -1,13 +1,9 @@
 """Figures of notebook 09: what each value gave, and every trial of a search."""
 
-import warnings
-
 import matplotlib.pyplot as plt
 import pandas as pd
-from optuna.visualization.matplotlib import plot_parallel_coordinate
 
 from helpers import plots
-from helpers.scale import search
 
 OUTCOMES = {
     "finished": ("#999999", "-", "run to the end"),
@@ -44,7 +40,7 @@ def value_strips(table: pd.DataFrame, rows: pd.DataFrame, measure: str, title: s
     edge = max(0.02, 0.4 * (high - low))  # three seeds can have a very wide interval
     cells[0, 0].set_xlim(low - edge, high + edge)
     figure.supxlabel(f"validation {measure}, 95 % interval over seeds; blue: the default", fontsize=10)
-    return plots.finish(figure, rows, title)
+    return plots.finish(figure, rows, title, scored=True)
 
 
 def trial_curves(trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
@@ -63,15 +59,30 @@ def trial_curves(trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: 
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="epoch", ylabel=f"validation {measure}")
     axes.legend(frameon=False, fontsize=9)
-    return plots.finish(figure, rows, title)
+    return plots.finish(figure, rows, title, scored=True)
 
 
-def parallel_coordinates(trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
-    """A line per trial with a score, from it through its values; the better the darker."""
-    layout = {"figure.constrained_layout.use": True}
-    # Optuna would change the style of all later figures, and warn.
-    with plt.rc_context(layout), warnings.catch_warnings(action="ignore"):
-        axes = plot_parallel_coordinate(search.study(trials), target_name=f"validation {measure}")
-    axes.set(title="", facecolor="white")
-    axes.figure.set(size_inches=(11, 4.4), layout_engine="constrained")
-    return plots.finish(axes.figure, rows, title)
+def trial_values(trials: pd.DataFrame, rows: pd.DataFrame, measure: str, title: str) -> plt.Figure:
+    """Panels, one per hyper-parameter: the score of each trial against the value that it had.
+
+    `rows`, `measure` and `title` are as for `value_strips`; what failed has no dot.
+    """
+    settings = pd.DataFrame([*trials.setting])
+    names = [name for name in settings if name != "seed"]
+    figure, cells = plt.subplots(
+        -(-len(names) // 4), 4, squeeze=False, sharey=True, figsize=(11, 5), layout="constrained"
+    )
+    for cell in cells.flat[len(names) :]:
+        cell.set_axis_off()
+    for cell, name in zip(cells.flat, names):
+        values = settings[name]
+        if not pd.api.types.is_float_dtype(values):  # a few values: one place for each, in order
+            order = sorted(values.unique())
+            cell.set_xticks(range(len(order)), order, rotation=20)
+            values = values.map(order.index)
+        elif values.max() > 10 * values.min() > 0:
+            cell.set_xscale("log")
+        cell.scatter(values, trials.score, color=plots.PREDICTION, s=24)
+        cell.set_title(name.replace("_", " "), fontsize=10)
+    figure.supylabel(f"validation {measure}", fontsize=10)
+    return plots.finish(figure, rows, title, scored=True)

@@ -119,7 +119,7 @@ def save(task: Task, trials: pd.DataFrame, name: str, path: str | Path = "") -> 
     model, source = MODELS[task.model], task.val.source.iloc[0]
     about = {"source": source, "split": task.val.split.iloc[0] if "split" in task.val else "none"}
     for subset, rows in (("train", task.train), ("val", task.val)):
-        about[subset] = {"images": len(rows), "signature": data.signature(rows)}
+        about[subset] = {"images": len(rows), "signature": task.signatures[subset]}
     header = {"format": results.FORMAT, "key": name, "title": model.title, "measure": model.measure}
     header |= {"data": about, "settings": task.fixed, "date": str(pd.Timestamp.now().date())}
     # Each trial notes device and versions, for a cluster may mix them; mostly all are the same.
@@ -204,7 +204,7 @@ def importance(trials: pd.DataFrame, seed: int = 0) -> dict[str, float]:
 
 
 def read_test(
-    task: Task, configs: dict, rows: pd.DataFrame, fold: int = 0, seeds=(0, 1, 2), path=""
+    task: Task, configs: dict, rows: pd.DataFrame, fold=0, seeds=(0, 1, 2), path="", profile="full"
 ) -> pd.DataFrame:
     """Score configs on held-out rows, and write a result file for each config and seed.
 
@@ -216,7 +216,7 @@ def read_test(
         rows: rows of an index: lesion images for "decoder".
         fold: the test fold that they are from.
         seeds: of the training.
-        path: folder of result files, as for `helpers.results.folder`.
+        path, profile: as for `helpers.results.folder`.
 
     Returns:
         DataFrame for `helpers.metrics.compare`, one row per config, seed and image: `config`, `seed`,
@@ -226,7 +226,7 @@ def read_test(
     for (name, setting), seed in itertools.product(configs.items(), seeds):
         network, history = task.fit(setting | {"seed": seed})
         answers, seconds = results.timed(task.predict, network, rows)
-        recorder = results.Recorder(rows, seed, fold, device(), path)
+        recorder = results.Recorder(rows, seed, fold, device(), path, profile)
         about = {"key": f"{task.model}-{name}", "title": f"{title}, {name}", "seconds": seconds}
         about["details"] = {"training": results.trained(history, task.fixed | setting)}
         if task.model == "vgg":

@@ -137,6 +137,11 @@ class Task:
         found = embeddings.embed_rows(network, rows, self.folder)
         return network.predict_masks(found, prompts.truth_boxes(rows))
 
+    @functools.cached_property
+    def signatures(self) -> dict[str, str]:
+        """The data signatures of the training and the validation images."""
+        return {"train": data.signature(self.train), "val": data.signature(self.val)}
+
     def identity(self):
         """Return what makes this task another than the next, for JSON."""
         from helpers.sam import embeddings
@@ -146,8 +151,7 @@ class Task:
             "model": self.model,
             "fixed": self.fixed,
             "encoder": embeddings.encoder_hash(self.segmenter) if decoder else "",
-            "train": data.signature(self.train),
-            "val": data.signature(self.val),
+            **self.signatures,
         }
 
 
