@@ -182,7 +182,7 @@ def load_dataset(choice: str = "auto") -> pd.DataFrame:
                 raise
             reason = str(error)
         else:
-            print(f"Data: BUSI in {folder}")
+            print("Data: BUSI")
             return load_index(folder)
     count = param("SYNTHETIC_IMAGES", 40, test=8)
     folder = cache.folder() / f"synthetic-v{synthetic.VERSION}-{count}"

@@ -10,16 +10,16 @@ from xdist.scheduler import LoadFileScheduling
 RESULTS = tempfile.TemporaryDirectory(prefix="results-")  # removed at exit
 CACHE = tempfile.TemporaryDirectory(prefix="cache-")
 
-# Two workers share two cores, one each: with a thread pool in each, threads mostly wait for one another.
-os.environ |= {
-    "LOKY_MAX_CPU_COUNT": "1",  # for Ray
-    "OMP_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-}
-
-# nbval's kernels inherit these. A notebook's own text is never rewritten.
-os.environ |= {"NB_PROFILE": "test", "NB_CACHE": CACHE.name, "NB_RESULTS": RESULTS.name}
+if os.environ.get("NB_PROFILE") != "full":  # as `make test-gpu` says: real images, with the runner's cache
+    # nbval's kernels inherit these. A notebook's own text is never rewritten.
+    os.environ |= {"NB_PROFILE": "test", "NB_CACHE": CACHE.name, "NB_RESULTS": RESULTS.name}
+    # Two workers share two cores, one each: with a thread pool in each, threads mostly wait for one another.
+    os.environ |= {
+        "LOKY_MAX_CPU_COUNT": "1",  # for Ray
+        "OMP_NUM_THREADS": "1",
+        "TF_NUM_INTRAOP_THREADS": "1",
+        "TF_NUM_INTEROP_THREADS": "1",
+    }
 
 
 # What takes longest comes first, so that all workers end together; last comes what reads the others' results.

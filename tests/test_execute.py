@@ -55,14 +55,64 @@ def test_runs_all_keeps_copies_and_lists_them(executed):
     assert "failed: 02_bad" in printed.out
     assert "ZeroDivisionError" in printed.err
     page = (out / "index.html").read_text()
-    assert page.count("ran through</td>") == 2
-    assert page.count("failed</td>") == 1
+    assert page.count('<span class="ran through">') == 2
+    assert page.count('<span class="failed">') == 1
+    assert "3 of 3 notebooks in 0 minutes; <span class=failed>1 failed</span>" in page
     for stem in ("01_good", "02_bad", "03_last"):
         assert f'href="{stem}.html"' in page
         assert (out / f"{stem}.html").stat().st_size > 10_000
     good = nbformat.read(out / "01_good.ipynb", as_version=4)
     assert good.cells[1].outputs[0].data["text/plain"] == "2"
     assert good.cells[2].outputs[0].text == "no\n"
+
+
+def test_index_shows_the_figure_and_the_finding_and_pages_lead_back(tmp_path, capsys):
+    draw = "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"
+    learn = (
+        "from IPython.display import Markdown\nMarkdown('- One.\\n- Dice is **0.8**\\n  here.\\n- Three.')"
+    )
+    said = "print('Data: SYNTHETIC images, not patients (no network)')"
+    path = notebook(tmp_path / "01_all.ipynb", said, "%matplotlib inline\n" + draw, learn)
+    assert execute.main([path, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("Data: SYNTHETIC images, not patients (no network)") == 1
+    page = (tmp_path / "out/index.html").read_text()
+    assert '<img alt="its first figure" src="data:image/jpeg;base64,' in page
+    assert "Dice is <strong>0.8</strong>" in page
+    assert "One." not in page
+    assert '<p class="synthetic">Data: SYNTHETIC images, not patients (no network)</p>' in page
+    single = (tmp_path / "out/01_all.html").read_text()
+    assert "<title>01 · A title</title>" in single
+    assert '<a href="index.html">← All notebooks</a>' in single
+    assert not any(
+        cell.source == execute.BACK for cell in nbformat.read(tmp_path / "out/01_all.ipynb", 4).cells
+    )
+
+
+def test_the_console_says_which_cell_runs_and_what_is_left(capsys, monkeypatch):
+    cell = nbformat.v4.new_code_cell("1")
+    clock = execute.Clock([4, 10])
+    clock.start(20)
+    clock.show(cell, 1)
+    assert capsys.readouterr().out == ""  # no half minute has passed
+    clock.started -= 120
+    clock.said -= 120
+    clock.show(cell, 4)
+    assert capsys.readouterr().out == "  cell 5 of 20, 2.0 minutes; about 12 left in all\n"
+    clock.stop()
+    clock.start(10)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    clock.show(cell, 1)
+    assert capsys.readouterr().out == "  cell 2 of 10, 0.0 minutes; about 5 left in all\r"
+
+
+def test_minutes_are_those_of_the_profile(monkeypatch):
+    text = (
+        "# T\n\n- **Takes** about 4 minutes on 2 CPU cores (quick), about\n  45 in full; less when run again."
+    )
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+    for profile, minutes in (("quick", 4), ("full", 45)):
+        monkeypatch.setenv("NB_PROFILE", profile)
+        assert execute._stated_minutes(made) == minutes
 
 
 def test_a_failed_notebook_is_kept_up_to_its_error(executed):
