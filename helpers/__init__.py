@@ -34,7 +34,7 @@ The wings are for later; the core never imports from them:
 | `pipeline.train` | train a pipeline on the folds that are not the test fold |
 | `pipeline.evaluate` | what a pipeline predicts for an index, and how that is scored |
 | `pipeline.robustness` | an image as another scanner would show it |
-| `scale` | notebook 09; needs `requirements-scale.txt` |
+| `scale` | notebooks 09 and 10; needs `requirements-scale.txt` |
 | `scale.search` | hyper-parameters: many trainings with Ray Tune and Optuna |
 | `scale.bulk` | a folder, a bucket or Parquet of images through a pipeline |
 | `scale.ray_cluster` | start Ray on this machine, or join a cluster |

@@ -7,18 +7,17 @@ import os
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from helpers import cache, data, dicom, images, pipeline
+from helpers.pipeline import plot
 from helpers.pipeline.files import frame_numbers, is_image, read_noting, walk
 
 COLUMNS = ("file", "frame", "mask", "answer", *data.LABELS, "prediction_set", "lesions", "area_share")
 COLUMNS += ("confidence", "boxes", "warnings", "error")
 FOLDERS = ("masks", "overlays")
-YELLOW = (255, 200, 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +72,8 @@ def say(text: str, file=None) -> None:
 def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int | str | None = None) -> int:
     """Segment files one at a time; write masks, overlays and `findings.csv` into the folder `out`.
 
-    The three replace those of an earlier run together, at the end. Each frame that `frame` chooses (see
+    An overlay shows the masks on the image, the class probabilities and the answer. The three replace those
+    of an earlier run together, at the end. Each frame that `frame` chooses (see
     `frame_numbers`) gets a line. A file that can't be read gets one with its error, and is named at the end.
     Returns 1 where a file failed, else 0.
     """
@@ -97,7 +97,7 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
                         finding = pipe.segment(image)
                         name = free_name(path.stem if number is None else f"{path.stem}-frame-{number}", used)
                         Image.fromarray(np.uint8(finding.mask) * 255).save(masks / name)
-                        Image.fromarray(overlay(image, finding)).save(overlays / name)
+                        plot.report(image, finding).savefig(overlays / name, dpi=150)
                         line |= pipeline.summary(finding) | {"mask": f"masks/{name}"}
                         line["warnings"] = "; ".join(filter(None, (*notes, line["warnings"])))
                         done += 1
@@ -119,13 +119,3 @@ def free_name(stem: str, used: set[str]) -> str:
         name = f"{stem}-{number}.png"
     used.add(name.casefold())
     return name
-
-
-def overlay(image: np.ndarray, finding) -> np.ndarray:
-    """Draw the contours of a finding's masks into a copy of its image, uint8 (H, W, 3)."""
-    drawn = image.copy()
-    thickness = max(1, max(image.shape) // 300)
-    for mask in finding.masks:
-        lines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(drawn, lines, -1, YELLOW, thickness)
-    return drawn
