@@ -162,7 +162,7 @@ def _stated_minutes(notebook):
 def _index(rows, of):
     """Return the HTML page that lists the notebooks that have run."""
     failed = sum(row["outcome"] == "failed" for row in rows)
-    total = f"{len(rows)} of {of} notebooks in {sum(row['minutes'] for row in rows):.0f} minutes; "
+    total = f"{len(rows)} of {of} notebooks in {sum(row['minutes'] for row in rows):.1f} minutes; "
     return PAGE.format(
         total=total + (f"<span class=failed>{failed} failed</span>." if failed else "none failed."),
         when=time.strftime("%Y-%m-%d %H:%M"),
