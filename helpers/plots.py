@@ -297,7 +297,7 @@ def comparison(results: pd.DataFrame) -> Figure:
         names: list[str] = []
         for prompt, rows in drawn:
             given = ("prompt: " if prompt in PROMPTS else "given: ") + prompt
-            names.append(f"{given} (from the truth)" if prompt in FROM_THE_TRUTH else given)
+            names.append(given.replace("jittered", "jittered ground-truth"))
             colour = TRUTH if prompt in FROM_THE_TRUTH else LABEL_COLOURS["normal"]
             at = len(names) + np.arange(len(rows))
             axes.hlines(at, rows.low, rows.high, color=colour, linewidth=3)

@@ -140,7 +140,7 @@ def test_comparison_orders_blocks_by_prompt_and_never_mixes_them(rows, scores, t
         results.Recorder(rows, path=tmp_path).segmentation(scores, key="m", title="m", prompt=prompt)
     figure = plots.comparison(results.load_all(tmp_path))
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["prompt: none", "m", "prompt: ground-truth box (from the truth)", "m"]
+    assert names == ["prompt: none", "m", "prompt: ground-truth box", "m"]
     assert len(figure.axes[1].get_yticklabels()) == 0  # no classification
 
 
