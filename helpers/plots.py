@@ -225,7 +225,7 @@ def score_strips(scores_by_name: dict) -> Figure:
 def jitter_curve(curve: pd.DataFrame) -> Figure:
     """Mean Dice with its interval against the error of the box: rows of `helpers.metrics.jitter_curve`."""
     figure, cells = _panels(2, 4.6, 3.8, sharey=True)
-    palette = dict(zip(curve.model.unique(), (PREDICTION, "#999999", BEFORE, LABEL_COLOURS["normal"])))
+    palette = dict(zip(curve.model.unique(), (BEFORE, PREDICTION, "#999999", LABEL_COLOURS["normal"])))
     ways = {
         "outwards": "too large: each side moves outwards",
         "either way": "off: each side moves either way",
