@@ -133,7 +133,7 @@ class Clock:
         spent, terminal = (time.perf_counter() - self.started) / 60, sys.stdout.isatty()
         if cell.cell_type != "code" or not terminal and time.perf_counter() - self.said < 30:
             return
-        pace = self.spent_so_far / self.stated_so_far if self.stated_so_far else 1
+        pace = (5 + self.spent_so_far) / (5 + self.stated_so_far)  # as stated, until there is more to go by
         left = max(self.stated * pace - spent, 0) + sum(self.waiting) * pace
         at = f"  cell {cell_index + 1} of {self.cells}, {spent:.1f} minutes; about {left:.0f} left in all"
         print(at, end="\r" if terminal else "\n", flush=True)
