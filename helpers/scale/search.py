@@ -147,7 +147,8 @@ def by_value(task: Task, trials: pd.DataFrame, factors: dict) -> pd.DataFrame:
     rows, settings = [], [_without_seed(setting) for setting in trials.setting]
     for name, values in factors.items():
         usual = getattr(task.config({}), name)
-        for value in dict.fromkeys([usual, *values]):
+        named = dict.fromkeys([usual, *values])
+        for value in named if isinstance(usual, str) else sorted(named):
             own = [setting == ({} if value == usual else {name: value}) for setting in settings]
             scores = trials.score[own].dropna()
             runs, mean = len(scores), scores.mean()
