@@ -120,7 +120,7 @@ def test_values_are_summed_up_over_seeds(task):
         ),
         factors,
     )
-    usual, other = table.to_dict("records")
+    other, usual = table.to_dict("records")  # in order
     assert (usual["value"], usual["default"], usual["runs"], usual["failed"]) == (2, True, 2, 0)
     assert usual["mean"] == pytest.approx(0.6)
     # Student's t with one degree of freedom: 12.706 standard errors of 0.1.
