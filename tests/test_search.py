@@ -342,21 +342,22 @@ def test_the_best_trial_stands_out_and_outcomes_are_named(searched, lesions):
     assert axes.get_ylabel() == "validation Dice"
 
 
-def test_parallel_lines_lead_from_the_score_of_each_trial_that_has_one(searched, lesions):
-    figure = plot.parallel_coordinates(searched, lesions, "Dice", "Settings")
-    [lines] = figure.axes[0].collections
-    assert sorted(line[0, 1] for line in lines.get_segments()) == [0.3, 0.5]
-    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
-    assert ticks == ["validation Dice", "activation", "learning_rate"]
+def test_a_dot_for_each_trial_that_has_a_score(searched, lesions):
+    figure = plot.trial_values(searched, lesions, "Dice", "Settings")
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    assert set(panels) == {"activation", "learning rate"}
+    for axes in panels.values():
+        [dots] = axes.collections
+        assert sorted(score for _, score in dots.get_offsets() if np.isfinite(score)) == [0.3, 0.5]
 
 
 def test_figures_are_closed_quiet_and_leave_the_style_alone(searched, lesions, capfd):
     before = plt.rcParams.copy()
     figures = [
         plot.trial_curves(searched, lesions, "Dice", "Curves"),
-        plot.parallel_coordinates(searched, lesions, "Dice", "Settings"),
-        plot.parallel_coordinates(searched.head(1), lesions, "Dice", "One trial"),
-        plot.parallel_coordinates(searched.tail(1), lesions, "Dice", "No score"),
+        plot.trial_values(searched, lesions, "Dice", "Settings"),
+        plot.trial_values(searched.head(1), lesions, "Dice", "One trial"),
+        plot.trial_values(searched.tail(1), lesions, "Dice", "No score"),
     ]
     for figure in figures:
         figure.draw_without_rendering()

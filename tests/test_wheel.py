@@ -60,7 +60,7 @@ def test_the_package_and_its_files_arrive(installed):
     root, version, top, weights = run(installed, code)
     assert Path(root).is_relative_to(installed.parent.parent)
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
-    ours = {path.name for path in (ROOT / "helpers").iterdir()} - {"__pycache__"}
+    ours = {path.name for path in (ROOT / "helpers").iterdir()} - {"__pycache__", "README.md"}
     assert {"py.typed", "busi_groups.csv", "sam", "pipeline", "scale"} <= ours
     assert set(top.split()) - {"__pycache__"} == ours
     expected = {path.name for path in (ROOT / "helpers/pipeline/weights").iterdir()}
