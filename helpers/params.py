@@ -46,10 +46,7 @@ SETTINGS = {
 
 
 def profile() -> str:
-    """Return the profile of this run: `$NB_PROFILE`, else "full" where there is a GPU and "quick" elsewhere.
-
-    ValueError where the variable is set to anything else.
-    """
+    """Return `$NB_PROFILE`, else "full" where there is a GPU, else "quick"; ValueError for an unknown one."""
     chosen = os.environ.get(PREFIX + "PROFILE")
     if not chosen:
         from helpers.devices import default_device

@@ -160,9 +160,16 @@ def compile_network(network: keras.Model, config: Config, steps: int) -> None:
     threshold = 0.5 if config.loss == "mse" else 0.0
     measures = [keras.metrics.MeanMetricWrapper(dice, "dice", threshold=threshold)]
     if config.loss == "mse":
-        measures.append(keras.metrics.MeanIoU(2, name="mean_iou"))
+        measures.append(MeanIoU(2, name="mean_iou"))
     network.compile(optimizer, LOSSES[config.loss], metrics=measures)
     network.optimizer.build(network.trainable_variables)  # now, or a step's graph is traced twice
+
+
+class MeanIoU(keras.metrics.MeanIoU):
+    """Keras' own, for outputs without a limit: 2 or more is no class, and TensorFlow 2.20 stops at one."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(y_true, keras.ops.minimum(y_pred, 1), sample_weight)
 
 
 def device() -> str:

@@ -64,11 +64,8 @@ class Config(training.Config):
 
 
 def default_weights(profile: str = "full") -> str:
-    """Return "imagenet" where torchvision's weights come, otherwise "synthetic", and say which.
-
-    A reduced profile trains a narrow network from "scratch", for ImageNet's weights take a wide one.
-    """
-    if profile != "full":
+    """Return "imagenet" where torchvision's weights come, otherwise "synthetic", and say which."""
+    if profile != "full":  # a narrow network, and ImageNet's weights take a wide one
         return "scratch"
     try:
         VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
