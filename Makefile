@@ -1,6 +1,7 @@
 # The one list of commands; `make help` explains each.
 PYTHON ?= python3
-CONSTRAINTS ?= constraints.txt  # empty: the newest packages
+# Empty: the newest packages.
+CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab run reproduce test test-gpu test-fast lint format pipeline table links benchmark clean

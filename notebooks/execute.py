@@ -131,12 +131,12 @@ class Clock:
     def show(self, cell, cell_index):
         """Say which cell begins: in place in a terminal, in a log at most twice a minute."""
         spent, terminal = (time.perf_counter() - self.started) / 60, sys.stdout.isatty()
-        if cell.cell_type != "code" or not terminal and time.perf_counter() - self.said < 30:
+        if cell.cell_type != "code" or not (terminal or time.perf_counter() - self.said >= 30):
             return
         pace = (5 + self.spent_so_far) / (5 + self.stated_so_far)  # as stated, until there is more to go by
         left = max(self.stated * pace - spent, 0) + sum(self.waiting) * pace
         at = f"  cell {cell_index + 1} of {self.cells}, {spent:.1f} minutes; about {left:.0f} left in all"
-        print(at, end="\r" if terminal else "\n", flush=True)
+        print(at.ljust(60) if terminal else at, end="\r" if terminal else "\n", flush=True)
         self.said = time.perf_counter()
 
     def stop(self):

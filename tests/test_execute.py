@@ -103,7 +103,9 @@ def test_the_console_says_which_cell_runs_and_what_is_left(capsys, monkeypatch):
     clock.start(10)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     clock.show(cell, 1)
-    assert capsys.readouterr().out == "  cell 2 of 10, 0.0 minutes; about 8 left in all\r"
+    shown = capsys.readouterr().out
+    assert shown.rstrip() == "  cell 2 of 10, 0.0 minutes; about 8 left in all"
+    assert shown.endswith(" \r")  # blanks over the end of a longer line before it
 
 
 def test_minutes_are_those_of_the_profile(monkeypatch):

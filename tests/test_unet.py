@@ -404,3 +404,11 @@ def test_what_is_held_back_from_stderr_comes_out_with_an_error(capfd):
         raise ValueError("wrong")
     os.write(2, b"later")
     assert capfd.readouterr().err == "the reason\nlater"
+
+
+def test_mean_iou_takes_an_output_of_two_and_more():
+    truth, output = np.array([[0, 1, 1, 0.0]]), np.array([[0.2, 2.5, 1.2, 3.0]])
+    measure, kerass = unet.MeanIoU(2), keras.metrics.MeanIoU(2)
+    measure.update_state(truth, output)
+    kerass.update_state(truth, np.minimum(output, 1))
+    assert float(measure.result()) == float(kerass.result()) == pytest.approx((1 / 2 + 2 / 3) / 2)

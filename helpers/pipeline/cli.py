@@ -12,7 +12,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from helpers import cache, data, dicom, images, pipeline
-from helpers.pipeline import plot
 from helpers.pipeline.files import frame_numbers, is_image, read_noting, walk
 
 COLUMNS = ("file", "frame", "mask", "answer", *data.LABELS, "prediction_set", "lesions", "area_share")
@@ -97,7 +96,7 @@ def run_folder(pipe: pipeline.Pipeline, files: list[Path], out: Path, frame: int
                         finding = pipe.segment(image)
                         name = free_name(path.stem if number is None else f"{path.stem}-frame-{number}", used)
                         Image.fromarray(np.uint8(finding.mask) * 255).save(masks / name)
-                        plot.report(image, finding).savefig(overlays / name, dpi=150)
+                        pipe.report(image, finding).savefig(overlays / name, dpi=150)
                         line |= pipeline.summary(finding) | {"mask": f"masks/{name}"}
                         line["warnings"] = "; ".join(filter(None, (*notes, line["warnings"])))
                         done += 1
