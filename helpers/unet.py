@@ -47,7 +47,7 @@ with quiet_stderr():
         else:
             tf.config.set_visible_devices([], "GPU")
 
-VERSION = 2  # raise it with every change that gives other numbers: older runs are then not resumed
+VERSION = 3  # raise it with every change that gives other numbers: older runs are then not resumed
 # What did best on the validation images of fold 0 on two cores; notebook 04 shows it against the reference.
 VALIDATED = {"loss": "dice+ce", "batch_norm": True, "augment": 1.0, "pretrain_images": 500}
 VALIDATED |= {"schedule": "cosine", "average": 0.99}
