@@ -267,7 +267,7 @@ def classification(probabilities, labels) -> dict[str, float]:
     Raises:
         ValueError: shapes that do not fit, a label outside the three, rows that don't sum to 1.
     """
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 
     probabilities, labels = np.asarray(probabilities, dtype=float), np.asarray(labels)
     if probabilities.shape != (len(labels), len(data.LABELS)) or not len(labels):
@@ -289,7 +289,9 @@ def classification(probabilities, labels) -> dict[str, float]:
             f"no image is {' or '.join(absent)}: macro AUC and its recall are undefined (NaN)", stacklevel=2
         )
     else:
-        auc = float(roc_auc_score(truth, probabilities, multi_class="ovr", average="macro"))
+        own = np.eye(len(data.LABELS))[truth]  # Mann and Whitney's: scikit-learn's takes ten times as long
+        ranks, count = (rankdata(probabilities, axis=0) * own).sum(0), own.sum(0)
+        auc = float(np.mean((ranks - count * (count + 1) / 2) / (count * (len(truth) - count))))
     malignant = truth == data.LABELS.index("malignant")
     negative = predicted != data.LABELS.index("malignant")
     return {
