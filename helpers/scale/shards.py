@@ -51,7 +51,7 @@ def place(path) -> tuple[pa.fs.FileSystem, str]:
         return pa.fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
     try:
         return pa.fs.FileSystem.from_uri(text)
-    except (ValueError, NotImplementedError, pa.ArrowException) as error:
+    except (ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{text!r} can't be opened ({cause(error)}); give a folder, or a path that begins with "
             "s3://, gs:// or file://"
