@@ -1,8 +1,7 @@
 """Find BUSI, index it, read its images and masks, and split it without leaks.
 
 BUSI: W. Al-Dhabyani, M. Gomaa, H. Khaled, A. Fahmy, "Dataset of breast ultrasound images", Data in Brief 28
-(2020) 104863. BUS-BRA: W. Gómez-Flores, M. J. Gregorio-Calas, W. Coelho de Albuquerque Pereira, Medical
-Physics 51 (2024) 3110, doi 10.5281/zenodo.8231412.
+(2020) 104863. The external test sets are described in `helpers.pipeline.external`.
 
 `busi_groups.csv` says which BUSI images belong together and what is burned into them. It starts from the list
 of A. Pawlowska, P. Karwat, N. Zolek, letter to the editor, Data in Brief 48 (2023) 109247 (Mendeley Data,
@@ -29,6 +28,7 @@ from helpers.params import param
 from helpers.synthetic import DATASET_FOLDER
 
 LABELS = ("normal", "benign", "malignant")
+BUSBRA = "BUS-BRA (doi 10.5281/zenodo.8231412)"
 KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
 N_FOLDS = 5
 LEAST_PRETRAINING = 8  # images per class, so that there are five folds
@@ -148,17 +148,17 @@ def load_index(root: str | Path | None = None) -> pd.DataFrame:
 def _check_complete(folder, table, images, masks):
     foreign, again = sorted(set(images) - set(table.image)), _fetch_again(folder)
     advice = "take them out, or fetch the original set"
-    _refuse(foreign, ValueError, f"{folder} holds", "files that BUSI does not have", advice)
+    refuse(foreign, ValueError, f"{folder} holds", "files that BUSI does not have", advice)
     lost = [name for name in table.image if name not in images]
-    _refuse(lost, FileNotFoundError, f"{folder} lacks", f"of {len(table)} images", again)
+    refuse(lost, FileNotFoundError, f"{folder} lacks", f"of {len(table)} images", again)
     surplus = table.image.map(masks).map(len, na_action="ignore").fillna(0) - table.n_masks
     lost, added = list(table.image[surplus < 0]), list(table.image[surplus > 0])
-    _refuse(lost, FileNotFoundError, f"{folder} lacks mask files of", "images", again)
+    refuse(lost, FileNotFoundError, f"{folder} lacks mask files of", "images", again)
     advice = "take them out: every mask file counts as truth"
-    _refuse(added, ValueError, f"{folder} holds more mask files than BUSI for", "images", advice)
+    refuse(added, ValueError, f"{folder} holds more mask files than BUSI for", "images", advice)
 
 
-def _refuse(names, error, found, what, advice):
+def refuse(names, error, found, what, advice):
     """Raise `error` where there are `names` of files or images: how many, and the first five."""
     if names:
         some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -208,76 +208,74 @@ def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.
 
 
 def load_busbra(root: str | Path) -> pd.DataFrame:
-    """Index BUS-BRA in its published layout, as an external test set.
+    """Index BUS-BRA (doi 10.5281/zenodo.8231412) in its published layout.
 
     `root` is the folder with `bus_data.csv`, `Images/bus_*.png` and `Masks/mask_*.png`; copies with `images/`
     and `masks/` and equal names are read too.
 
     Returns:
-        DataFrame with the columns of `load_index` but `fold`; `group` is the patient's case number, and
-        `birads` and `device` are added where the table has them.
+        DataFrame with the columns of `load_index`; `group` is the patient's case number, `fold` is the
+        authors' (0 to 4, by patient; only with `5-fold-cv.csv` in `root`), and `birads` and `device` are
+        added where the table has them.
 
     Raises:
         FileNotFoundError: the table, a folder, an image or a mask is missing.
-        ValueError: the table lacks a column, or names a pathology that is neither benign nor malignant.
+        ValueError: a table lacks a column or an image, or a pathology is neither benign nor malignant.
     """
     root = Path(root).expanduser()
-    if not (root / "bus_data.csv").is_file():
-        raise FileNotFoundError(
-            f"no bus_data.csv in {str(root)!r}; point at the unpacked BUS-BRA folder "
-            "(doi 10.5281/zenodo.8231412)"
-        )
-    table = pd.read_csv(root / "bus_data.csv")
-    missing = [name for name in ("ID", "Case", "Pathology") if name not in table]
-    if missing:
-        raise ValueError(f"{root / 'bus_data.csv'} has no column {', '.join(missing)}")
-    label = table.Pathology.str.lower()
-    odd = sorted(set(label) - {"benign", "malignant"})
-    if odd:
-        raise ValueError(f"{root / 'bus_data.csv'}: pathology {odd} is neither benign nor malignant")
-    images, masks = _busbra_folder(root, "Images"), _busbra_folder(root, "Masks")
+    table = read_table(root / "bus_data.csv", ["ID", "Case", "Pathology"], BUSBRA)
+    images, masks = subfolder(root, "Images"), subfolder(root, "Masks")
     index = table.rename(columns={"ID": "image_id", "BIRADS": "birads", "Device": "device"}).assign(
-        label=label,
+        label=table.Pathology.str.lower(),
         image_path=[images / f"{name}.png" for name in table.ID],
         mask_paths=[(_busbra_mask(masks, name),) for name in table.ID],
         group=table.Case.astype(str),
-        objection="",
-        annotation="",
-        same_frame=table.ID,
-        source="BUS-BRA",
     )
-    paths = [*index.image_path, *(path for [path] in index.mask_paths)]
-    lost = [str(path.relative_to(root)) for path in paths if not path.is_file()]
-    _refuse(lost, FileNotFoundError, f"{root} lacks", "files", "fetch BUS-BRA again")
-    return index[[*COLUMNS, *index.columns.intersection(["birads", "device"])]]
-
-
-def external(split: pd.DataFrame, limit: int = 0) -> pd.DataFrame:
-    """Return the rows of an external test: BUS-BRA's, or (it says so) the test fold's without $BUSBRA_DIR.
-
-    The column `split` says "external", so that no table ranks them beside results of the test fold. `split`
-    and `limit` are as for `scored`.
-
-    Raises:
-        FileNotFoundError: $BUSBRA_DIR is set, and BUS-BRA is not there.
-    """
-    root = os.environ.get("BUSBRA_DIR")
-    if not root:
-        print("BUSBRA_DIR is not set: the test fold takes the place of an external test")
-    rows = load_busbra(root).assign(subset="test") if root else split
-    return scored(rows, "test", limit).assign(split="external")
-
-
-def _busbra_folder(root, name):
-    for folder in (root / name, root / name.lower()):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"no folder {name} or {name.lower()} in {str(root)!r}")
+    folds = root / "5-fold-cv.csv"
+    if folds.is_file():
+        number = table.ID.map(read_table(folds, ["ID", "kFold"], BUSBRA).set_index("ID").kFold)
+        refuse(list(table.ID[number.isna()]), ValueError, f"{folds} lacks", "images", f"fetch {BUSBRA} again")
+        index["fold"] = number.astype(int) - 1
+    return external_index(index, root, "BUS-BRA", LABELS[1:])
 
 
 def _busbra_mask(folder, name):
     published = folder / f"{name.replace('bus_', 'mask_', 1)}.png"
     return published if published.is_file() else folder / f"{name}.png"
+
+
+def read_table(path: Path, columns: list[str], source: str, sep: str = ",") -> pd.DataFrame:
+    """Read a table of a data set; FileNotFoundError, ValueError where it or one of `columns` is missing."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {str(path.parent)!r}; name the unpacked {source}")
+    table = pd.read_csv(path, sep=sep)
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; fetch {source} again")
+    return table
+
+
+def subfolder(root: Path, name: str) -> Path:
+    """Return the folder `name` in `root`, or that in lower case; FileNotFoundError where neither is there."""
+    for folder in (root / name, root / name.lower()):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no folder {name} or {name.lower()} in {str(root)!r}; fetch the set again")
+
+
+def external_index(frames: pd.DataFrame, root: Path, source: str, labels: tuple[str, ...]) -> pd.DataFrame:
+    """Complete an index that has `image_id`, `label`, `image_path`, `mask_paths` and `group`.
+
+    ValueError where a label is none of `labels`, FileNotFoundError where an image or a mask is missing.
+    """
+    odd = sorted(set(frames.label.astype(str)) - set(labels))
+    if odd:
+        raise ValueError(f"{source} in {str(root)!r} has labels {odd}, none of {labels}; fetch it again")
+    paths = [path for row in frames.itertuples() for path in (row.image_path, *row.mask_paths)]
+    lost = [str(path.relative_to(root)) for path in paths if not path.is_file()]
+    refuse(lost, FileNotFoundError, f"{root} lacks", "files", f"fetch {source} again")
+    index = frames.assign(objection="", annotation="", same_frame=frames.image_id, source=source)
+    return index[[*COLUMNS, *index.columns.intersection(["birads", "device", "fold"])]]
 
 
 def image_shape(row) -> tuple[int, int]:
@@ -309,16 +307,6 @@ def _packed_truth(stamps):
     (image, _), *masks = stamps
     shape = open_image(image).size[::-1]
     return shape, np.packbits(drop_specks(read_mask([path for path, _ in masks], shape)))
-
-
-def measure(index: pd.DataFrame) -> pd.DataFrame:
-    """Add `width`, `height` (pixels) and `area_share` (lesion area over image area) to an index."""
-    truths = [read_truth(row) for row in index.itertuples()]
-    return index.assign(
-        width=[truth.shape[1] for truth in truths],
-        height=[truth.shape[0] for truth in truths],
-        area_share=[truth.mean() for truth in truths],
-    )
 
 
 def related(index: pd.DataFrame, column: str = "same_frame") -> pd.DataFrame:
@@ -360,8 +348,8 @@ def split(index: pd.DataFrame, fold: int = 0, seed: int = 0, grouped: bool = Tru
         index: DataFrame from `load_index` or `load_busbra`, whole: filter after the split, for a part of
             the groups gets other folds than all of them.
         fold: 0 to 4.
-        seed: 0 reads the stored folds of BUSI, the same on every machine; those of another seed come from
-            the installed scikit-learn.
+        seed: 0 reads the stored folds of BUSI or BUS-BRA, the same on every machine; those of another seed
+            come from the installed scikit-learn.
         grouped: False splits image by image, as most papers do: each image then counts as a group of its
             own, and near-duplicates of test images are trained on. It shows how much that inflates scores.
 

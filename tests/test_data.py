@@ -168,14 +168,6 @@ def test_related_rows_stand_side_by_side(index):
     assert set(conflicts.objection) == {"multiclass"}
 
 
-def test_measure(index):
-    rows = data.measure(index.iloc[:3])
-    row = rows.iloc[0]
-    truth = data.read_truth(row)
-    assert (row.height, row.width) == truth.shape == data.read_image(row.image_path).shape[:2]
-    assert row.area_share == truth.sum() / truth.size
-
-
 def test_signature_depends_on_pixels_masks_and_names_alone(index, tmp_path):
     rows = index.iloc[:2].copy()
     before = data.signature(rows)
@@ -608,18 +600,19 @@ def test_busbra(busbra):
     assert set(index.source) == {"BUS-BRA"}
 
 
-def test_an_external_test_takes_busbra_where_it_is_given(busbra, index, monkeypatch, capsys):
-    split = data.split(index)
-    monkeypatch.delenv("BUSBRA_DIR", raising=False)
-    rows = data.external(split)
-    assert "BUSBRA_DIR is not set" in capsys.readouterr().out
-    assert list(rows.image_id) == list(data.scored(split).image_id)
-    assert set(rows.split) == {"external"}
-    monkeypatch.setenv("BUSBRA_DIR", str(busbra))
-    assert data.external(split).image_id.tolist() == ["bus_0001-l", "bus_0002-l"]
-    monkeypatch.setenv("BUSBRA_DIR", str(busbra / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="no bus_data.csv"):
-        data.external(split)
+def test_busbra_has_the_authors_folds(busbra):
+    folds = pd.DataFrame({"ID": ["bus_0002-l", "bus_0001-r", "bus_0001-l"], "kFold": [1, 5, 5]})
+    folds.to_csv(busbra / "5-fold-cv.csv", index=False)
+    index = data.load_busbra(busbra)
+    assert index.fold.tolist() == [4, 4, 0]
+    assert data.split(index).subset.tolist() == ["train", "train", "test"]
+    assert data.split(index, fold=3).subset.tolist() == ["val", "val", "train"]
+    folds[:2].to_csv(busbra / "5-fold-cv.csv", index=False)
+    with pytest.raises(ValueError, match=r"5-fold-cv.csv lacks 1 images, bus_0001-l; fetch BUS-BRA"):
+        data.load_busbra(busbra)
+    folds[["ID"]].to_csv(busbra / "5-fold-cv.csv", index=False)
+    with pytest.raises(ValueError, match="no column kFold"):
+        data.load_busbra(busbra)
 
 
 def test_broken_busbra(busbra):
@@ -628,10 +621,14 @@ def test_broken_busbra(busbra):
         data.load_busbra(busbra)
     table = pd.read_csv(busbra / "bus_data.csv")
     table.assign(Pathology="cyst").to_csv(busbra / "bus_data.csv", index=False)
-    with pytest.raises(ValueError, match="'cyst'.*neither benign nor malignant"):
+    with pytest.raises(ValueError, match="labels .'cyst'., none of .'benign', 'malignant'"):
         data.load_busbra(busbra)
     table.drop(columns="Case").to_csv(busbra / "bus_data.csv", index=False)
     with pytest.raises(ValueError, match="no column Case"):
+        data.load_busbra(busbra)
+    next(busbra.glob("[Mm]asks")).rename(busbra / "truth")
+    table.to_csv(busbra / "bus_data.csv", index=False)
+    with pytest.raises(FileNotFoundError, match="no folder Masks or masks"):
         data.load_busbra(busbra)
     (busbra / "bus_data.csv").unlink()
     with pytest.raises(FileNotFoundError, match="no bus_data.csv"):
