@@ -73,7 +73,7 @@ def no_model():
 
 
 def picture(number):
-    pixels = np.full((64, 70), 90, np.uint8)
+    pixels = np.random.default_rng(number).integers(60, 120, (64, 70), dtype=np.uint8)  # speckle
     pixels[20:30, 10:40], pixels[0, 0] = 200, number
     memory = io.BytesIO()
     Image.fromarray(pixels).save(memory, "PNG")
@@ -120,12 +120,15 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     segmenter = sam.load("tiny", "cpu")
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
-    features = np.random.default_rng(0).standard_normal((3, len(diagnosis.FEATURES))) / 9
-    classifier = diagnosis.Diagnosis(
-        features, np.zeros(3), {label: np.linspace(0, 1, 40) for label in data.LABELS}
+    rng, widths = (
+        np.random.default_rng(0),
+        (len(diagnosis.PRESENCE), len(diagnosis.MALIGNANCY) + 2 * channels),
     )
-    detectors = [detector.LesionDetector(channels, 64, 8).eval()]
-    rules = pipeline.Rules(normal=0.9)
+    regressions = [diagnosis.Regression(rng.standard_normal(width) / 9, 0.1) for width in widths]
+    scores = {label: np.linspace(0, 1, 40) for label in data.LABELS}
+    classifier = diagnosis.Diagnosis(*regressions, scores)
+    detectors = [detector.LesionDetector(64, 8).eval()]
+    rules = pipeline.Rules(presence=0.05)
     folder = tmp_path_factory.mktemp("weights")
     pipeline.Pipeline(segmenter, detectors, classifier, rules).save(folder)
     return folder

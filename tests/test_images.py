@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage
+from test_geometry import screen, speckle
 
 from helpers import images
 from helpers.pipeline import files
@@ -366,11 +367,38 @@ def test_doppler_is_warned_of(frame):
     assert "Doppler" in warning
 
 
+def test_a_speckled_frame_passes_with_a_screen_around_it():
+    assert files.check(speckle()) == files.check(screen(speckle())[0]) == ()
+
+
+@pytest.mark.parametrize("level", [0, 40])
+def test_two_images_side_by_side_are_warned_of(level):
+    gap = np.full((360, 12, 3), level, np.uint8)
+    both = np.hstack([speckle(), gap, speckle(seed=1)])
+    for image in (both, screen(both)[0]):
+        assert files.check(image) == ("two images side by side: cut one out",)
+    both[60:, 480:492] = speckle(300, 12)
+    assert files.check(both) == ()  # no gap of the whole height
+    beside = np.hstack([speckle(), gap, np.full_like(speckle(), level)])
+    assert files.check(beside) == ()  # nothing beside it
+
+
+def test_an_upside_down_frame_is_warned_of():
+    turned = speckle()[::-1]
+    for image in (turned, turned[:, ::-1], screen(turned)[0]):
+        (warning,) = files.check(np.ascontiguousarray(image))
+        assert "upside-down" in warning
+    turned = turned.copy()
+    turned[100:200, 100:300] = [220, 40, 30]
+    assert len(files.check(turned)) == 2  # Doppler too
+
+
 @pytest.mark.parametrize(
     ("image", "words"),
     [
         (np.full((90, 90, 3), [200, 90, 40], np.uint8) + np.eye(90, dtype=np.uint8)[..., None], "photo"),
         (np.zeros((90, 90, 3), np.uint8), "every pixel of the image is 0"),
+        (screen(np.zeros((360, 480, 3), np.uint8))[0], "of the image has speckle; the rest is flat"),
         (np.repeat(np.eye(90, dtype=np.uint8)[..., None], 3, 2) * 255, "two levels alone, 0 and 255"),
         (np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3), "16 x 16 pixels is too small"),
     ],

@@ -13,11 +13,16 @@ from PIL import Image
 from helpers import dicom
 from helpers.dicom import ImageWarning
 from helpers.images import FORMATS, SUFFIXES, is_dicom, is_picture, opened, read_image
+from helpers.pipeline.geometry import sector, texture
 
 SMALLEST = 64  # px: below it no lesion can be told from speckle
 COLOURED = 24  # of 255: how far the channels of a pixel may lie apart before it counts as coloured
 DOPPLER_SHARE = 0.05  # of coloured pixels: marks and logos stay below it
 PHOTO_SHARE = 0.5  # of coloured pixels: a colour box never fills a whole frame
+# Measured on all 780 frames of BUSI and 1,350 of BUS-BRA:
+TISSUE_SHARE = 0.04  # of a frame is speckle; 53 % of the one with the least
+FLAT_SHARE = 0.9  # of the height of a gap between two images; 77 % of the flattest column of one image
+UPSIDE_DOWN = 1.5  # last rows to first: warns of 0.1 % of frames, and of 94 and 84 % of the same ones turned
 
 
 def read_noting(path, frame=None, content=None) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -85,8 +90,11 @@ def walk(folder, leave_out=()) -> Iterator[Path]:
 def check(image):
     """Return the warnings about a frame, uint8 (H, W, 3) RGB: a tuple of str, empty for an ordinary one.
 
+    It warns of colour Doppler, of two images side by side, and of a frame that is upside down.
+
     Raises:
-        ValueError: it can't be a B-mode frame at all: too small, of one or two grey levels, a photograph.
+        ValueError: it can't be a B-mode frame at all: too small, of one or two grey levels, a photograph,
+            or without speckle.
     """
     height, width = image.shape[:2]
     if min(height, width) < SMALLEST:
@@ -101,16 +109,34 @@ def check(image):
         raise ValueError(
             f"the image has two levels alone, {levels[0]} and {levels[1]}, as a mask has; give the frame"
         )
-    small = cv2.resize(image, (256, 256), interpolation=cv2.INTER_AREA).astype(np.int16)
+    small = cv2.resize(image, (256, 256), interpolation=cv2.INTER_AREA)
     coloured = float((np.ptp(small, axis=2) > COLOURED).mean())
     if coloured > PHOTO_SHARE:
         raise ValueError(
             f"{coloured:.0%} of the pixels are coloured: a photograph, or a screen in false colours; "
             "give a grey B-mode frame"
         )
-    if coloured > DOPPLER_SHARE:
-        return (
-            f"{coloured:.0%} of the pixels are coloured, as in colour Doppler: trained on grey B-mode "
-            "frames alone, so do not trust it",
+    tissue = (texture(small, 16) > 0.5).astype(np.uint8)
+    tissue = cv2.morphologyEx(tissue, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))  # no lines of text, no edges
+    if tissue.mean() < TISSUE_SHARE:
+        raise ValueError(
+            f"only {tissue.mean():.0%} of the image has speckle; the rest is flat, text or lines, as a "
+            "screen around a frame has: give the frame itself"
         )
-    return ()
+    found = []
+    if coloured > DOPPLER_SHARE:
+        found.append(
+            f"{coloured:.0%} of the pixels are coloured, as in colour Doppler: trained on grey B-mode "
+            "frames alone, so do not trust it"
+        )
+    sides = tissue[:, :8].mean(), tissue[:, 8:].mean()
+    steps = np.abs(np.diff(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)[:, 86:170].astype(np.int16), axis=0))
+    if (steps <= 1).mean(axis=0).max() > FLAT_SHARE and min(sides) > max(sides) / 2:
+        found.append("two images side by side: cut one out")
+    x_min, y_min, x_max, y_max = sector(image)
+    inner = cv2.cvtColor(image[y_min:y_max, x_min:x_max], cv2.COLOR_RGB2GRAY)
+    rows = np.median(cv2.resize(inner, (256, 256), interpolation=cv2.INTER_AREA), axis=1)
+    first, last = rows[:8].mean(), rows[-8:].mean()  # the skin is bright; a black margin says nothing
+    if 1 < first < last / UPSIDE_DOWN and rows[128:].mean() > rows[:128].mean():
+        found.append("brighter with depth, as an upside-down frame is: turn it")
+    return tuple(found)
