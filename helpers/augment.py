@@ -22,9 +22,11 @@ class Ranges:
         mirror: share of the images that are mirrored.
         rotate: degrees; a probe is tilted, never upside down, for shadows fall down.
         zoom: logarithm of the zoom; the height is zoomed by another half of it.
+        aspect: logarithm of width over height.
         shift: share of the frame's sides.
         gain, contrast, gamma: logarithm of a factor of the intensity, of its distance from the mean, and
             of its exponent.
+        depth: logarithm of the gain at the bottom, which is its inverse at the top.
         blur: standard deviation of a Gaussian, as a share of the shorter side.
         speckle: standard deviation of multiplicative noise.
     """
@@ -32,10 +34,12 @@ class Ranges:
     mirror: float = 0.5
     rotate: float = 0.0
     zoom: float = 0.0
+    aspect: float = 0.0
     shift: float = 0.0
     gain: float = 0.0
     contrast: float = 0.0
     gamma: float = 0.0
+    depth: float = 0.0
     blur: float = 0.0
     speckle: float = 0.0
 
@@ -85,6 +89,9 @@ def augment_batch(
     mirrored = 1 - 2 * (torch.rand(count, generator=generator) < ranges.mirror).float()
     turn, zoom = draw(math.radians(ranges.rotate)), draw(ranges.zoom)
     across, down = zoom.exp() * mirrored, (zoom + draw(ranges.zoom / 2)).exp()
+    if ranges.aspect:
+        wider = draw(ranges.aspect / 2).exp()
+        across, down = across / wider, down * wider
     # From places in the result to places in the frame. Both run from -1 to 1 whatever the sides are,
     # so a rotation of the pixels needs the aspect.
     rows = [
@@ -101,6 +108,8 @@ def augment_batch(
     )
     pixels = parts[0].clamp(min=1e-4) ** gamma * gain
     pixels = torch.lerp(pixels.mean((1, 2, 3), keepdim=True), pixels, contrast)
+    if ranges.depth:
+        pixels *= (draw(ranges.depth, 1, 1, 1) * torch.linspace(-1, 1, height)[:, None]).exp()
     if ranges.blur:
         from torchvision.transforms.functional import gaussian_blur
 

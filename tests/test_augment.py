@@ -126,7 +126,38 @@ def test_zoom_and_shift_move_pixels_and_maps_of_any_resolution():
     assert len({tuple(_axes(one[0])[0].round().tolist()) for one in mask}) > 30
 
 
-@pytest.mark.parametrize("change", ["gain", "contrast", "gamma", "blur", "speckle"])
+def test_aspect_changes_width_over_height_and_keeps_the_area():
+    pixels = _batch(96, 128, 40)
+    ranges = augment.Ranges(mirror=0, aspect=0.4)
+    moved, mask = augment.augment_batch(
+        pixels, pixels, ranges=ranges, generator=torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(moved, mask, rtol=0, atol=1e-3)
+    torch.testing.assert_close(mask.sum((1, 2, 3)), pixels.sum((1, 2, 3)), rtol=0.03, atol=0)
+    (_, lengths, _), *others = (_axes(one[0]) for one in [pixels[0], *mask])
+    wider = torch.stack([(other[1] / other[0]).log() for _, other, _ in others])
+    wider -= (lengths[1] / lengths[0]).log()  # the ellipse lies on its side
+    assert wider.abs().max() < 0.42
+    assert wider.min() < -0.3
+    assert wider.max() > 0.3
+
+
+def test_depth_changes_the_gain_at_the_bottom_against_the_top():
+    pixels = torch.full((40, 1, 31, 20), 0.4)
+    ranges = augment.Ranges(mirror=0, depth=0.5)
+    [changed] = augment.augment_batch(pixels, ranges=ranges, generator=torch.Generator().manual_seed(0))
+    gain = changed[:, 0, 1:-1] / 0.4  # grid_sample fades the frame's edge
+    assert gain.std(2).max() < 1e-4
+    gain = gain[..., 10]
+    torch.testing.assert_close(gain[:, 14], torch.ones(40))
+    torch.testing.assert_close(gain[:, 0] * gain[:, -1], torch.ones(40))
+    bottom = gain[:, -1].log()
+    assert bottom.min() < -0.3
+    assert bottom.max() > 0.3
+    assert bottom.abs().max() < 0.5
+
+
+@pytest.mark.parametrize("change", ["gain", "contrast", "gamma", "depth", "blur", "speckle"])
 def test_intensities_change_in_the_pixels_alone(change):
     pixels = 0.2 + 0.6 * _batch(40, 60)
     ranges = augment.Ranges(mirror=0, **{change: 0.3})

@@ -1,19 +1,17 @@
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 
-from helpers import augment, data, sam, training
+from helpers import data, training
 from helpers.pipeline import detector
-from helpers.sam import embeddings
 
 TINY = {"epochs": 2, "batch_size": 4, "size": 64, "depth": 8}
-TINY |= {"augmentations": 2, "pretrain_images": 0}
-
-
-@pytest.fixture(scope="module")
-def segmenter():
-    return sam.load("tiny", "cpu")
+PLAIN = {"windows": 0.0, "empty": 0.0, "marks": 0.0}  # whole frames, with nothing written on them
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +25,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def training_data(segmenter, rows, folder):
-    return detector.prepare(segmenter, rows, folder, augmentations=2, size=64)
+def training_data(rows):
+    return detector.prepare(rows, 64)
 
 
 @pytest.fixture(scope="module")
@@ -36,36 +34,167 @@ def positions(rows):
     return np.flatnonzero(rows.subset == "train")
 
 
-def test_training_data_are_what_the_augmentations_show(training_data, segmenter, rows, folder):
-    for number in range(2):
-        found = embeddings.embed_rows(segmenter, rows, folder, number)
-        for place, row in enumerate(rows.itertuples()):
-            image, truth = augment.augment(
-                data.read_image(row.image_path), data.read_truth(row), number, row.image_id
-            )
-            pixels, features = detector.inputs(image, found[row.image_id], 64)
-            assert (training_data.pixels[number, place, 0] == pixels).all()
-            torch.testing.assert_close(
-                training_data.features[number, place].float(), features, rtol=1e-2, atol=1e-2
-            )
-            share = float(training_data.lesions[number, place].float().mean() / 255)
-            assert share == pytest.approx(truth.mean(), abs=0.02)
-    mirrored = training_data.lesions[1].flip(-1).short() - training_data.lesions[0]
-    assert mirrored.abs().float().mean() < 2
+# What a detector sees
 
 
-def test_padding_of_the_embedding_is_cut_off(segmenter):
-    image = np.zeros((40, 128, 3), np.uint8)
-    image[:, 64:] = 200
-    embedding = segmenter.embed([image])[0]
-    pixels, features = detector.inputs(image, embedding, 32)
-    assert pixels.shape == (32, 32)
-    assert (pixels[:, :15] == 0).all()
-    assert (pixels[:, 17:] == 255).all()
-    height = round(max(embedding.features.shape[1:]) * embedding.resized[0] / max(embedding.resized))
-    torch.testing.assert_close(
-        features.mean((1, 2)), embedding.features[:, :height].mean((1, 2)), rtol=0.05, atol=0.05
-    )
+def test_training_data_are_the_frames_with_their_lesions(training_data, rows):
+    for place, row in enumerate(rows.itertuples()):
+        image, truth = data.read_image(row.image_path), data.read_truth(row)
+        assert torch.equal(training_data.pixels[place, 0], detector.inputs(image, 64))
+        share = training_data.lesions[place, 0].float() / 255
+        found = detector.to_frame(F.avg_pool2d(share[None], detector.COARSE)[0].numpy(), truth.shape)
+        assert found.mean() == pytest.approx(truth.mean(), abs=0.01)
+        assert np.abs(found - truth).mean() < 0.06
+        assert found.any() == (row.label != "normal")
+
+
+@pytest.mark.parametrize("shape", [(300, 900), (900, 300), (480, 640), (131, 97)])
+def test_a_map_comes_back_at_its_place_in_the_frame(shape):
+    height, width = shape
+    image = np.zeros((*shape, 3), np.uint8)
+    image[height // 8 : height // 2, width // 4 : width // 2] = 255
+    pixels = detector.inputs(image, 224)
+    cells = F.avg_pool2d(pixels[None].float() / 255, detector.COARSE)[0].numpy()
+    found = detector.to_frame(cells, shape)
+    assert found.shape == shape
+    (centre, sides), (there, lengths) = (_centre_and_sides(part) for part in (image[..., 0], found))
+    cell = max(shape) * detector.COARSE / 224
+    np.testing.assert_allclose(there, centre, atol=cell / 2)
+    np.testing.assert_allclose(lengths, sides, rtol=0.07)  # blurred by its cells
+    _, seen = _centre_and_sides(pixels.numpy())
+    assert seen[0] / seen[1] == pytest.approx(sides[0] / sides[1], rel=0.05)
+
+
+def _centre_and_sides(weights):
+    """Return the mean of the places (y, x) of what is bright, and their standard deviations."""
+    places, weights = np.indices(weights.shape).reshape(2, -1), weights.ravel().astype(float)
+    centre = np.average(places, axis=1, weights=weights)
+    return centre, np.sqrt(np.average((places - centre[:, None]) ** 2, axis=1, weights=weights))
+
+
+def test_a_tall_frame_has_black_at_its_sides_and_all_grey_levels():
+    image = np.random.default_rng(0).integers(60, 120, (400, 200, 1), dtype=np.uint8).repeat(3, 2)
+    image[:8], image[-8:] = 60, 119
+    pixels = detector.inputs(image, 64)
+    assert pixels.dtype == torch.uint8
+    assert (pixels[:, :16] == 0).all()
+    assert (pixels[:, 48:] == 0).all()
+    assert (pixels[0] == 0).all()
+    assert (pixels[-1, 16:48] == 255).all()
+    assert 100 < pixels[1:-1, 16:48].float().mean() < 150
+
+
+# What it is shown
+
+
+def _shown(count=40, source="A", labels=("benign",), **config):
+    """Frames of 96 pixels, black above and below, with one lesion: `_Frames` of them."""
+    pixels = torch.zeros(count, 1, 96, 96, dtype=torch.uint8)
+    pixels[..., 8:88, :] = 30
+    lesions = torch.zeros_like(pixels)
+    rows = pd.DataFrame({"label": [labels[k % len(labels)] for k in range(count)], "source": source})
+    lesions[np.flatnonzero(rows.label != "normal"), :, 20:44, 12:48] = 255
+    pixels[lesions > 0] = 255
+    made = detector.TrainingData(rows, pixels, lesions)
+    config = {"size": 96, "intensity": 0.0} | PLAIN | config
+    torch.manual_seed(0)
+    return detector._Frames(made, np.arange(count), detector.Config(**config))
+
+
+@pytest.mark.parametrize("windows", [0.0, 0.99])
+def test_pixels_and_lesions_move_together(windows):
+    batch = _shown(windows=windows).__getitems__(list(range(40)))
+    pixels, lesions = batch["pixels"], batch["lesions"]
+    assert ((pixels > 0.5) != (lesions > 0.5)).float().mean() < 0.003
+    assert (batch["malignant"] == 0).all()
+    centres = (lesions * torch.arange(96)).sum((1, 2, 3)) / lesions.sum((1, 2, 3))
+    assert len(set(centres.round().tolist())) > 10
+    if not windows:
+        assert (centres < 40).any()
+        assert (centres > 56).any()  # mirrored
+
+
+def test_windows_around_hold_the_lesion_whole_and_windows_beside_none_of_it():
+    rng, sides = np.random.default_rng(0), []
+    frame, box = np.array([[10, 0], [90, 64]]), np.array([[30, 10], [45, 25]])
+    for _ in range(200):
+        around, beside = detector._around(frame, box, rng), detector._beside(frame, box, rng)
+        for start, end in (around, beside):
+            assert (start >= frame[0]).all()
+            assert (end <= frame[1]).all()
+        assert (around[0] <= box[0]).all()
+        assert (around[1] >= box[1]).all()
+        assert ((beside[1] <= box[0]) | (beside[0] >= box[1])).any()
+        assert (beside[1] - beside[0] > 15).all()
+        nothing = detector._around(frame, None, rng)
+        assert (nothing[1] - nothing[0] >= (frame[1] - frame[0]) // 2).all()
+        sides.append(around[1] - around[0])
+    assert (np.min(sides, 0) < 35).all()
+    assert (np.max(sides, 0) > 45).all()
+    assert detector._beside(frame, np.array([[20, 4], [80, 60]]), rng) is None  # no room for one
+
+
+def test_windows_are_shown_as_often_as_the_config_says():
+    frames, rng = _shown(windows=0.3, empty=0.2), np.random.default_rng(0)
+    areas = []
+    for _ in range(600):
+        pixels, lesions, cut = frames._window(0, rng)
+        assert pixels.shape == lesions.shape == (96, 96)
+        assert ((pixels > 127) == (lesions > 127)).mean() > 0.97
+        areas.append(lesions.mean() / 255 if cut else -1)
+    areas = np.array(areas)
+    assert (areas == 0).mean() == pytest.approx(0.2, abs=0.05)
+    assert (areas > 0).mean() == pytest.approx(0.3, abs=0.05)
+    assert (areas > 0.2).any()  # the lesion fills more than its 9 % of the frame
+
+
+def test_marks_are_written_on_the_pixels_alone():
+    frames, rng = _shown(marks=0.99), np.random.default_rng(0)
+    before, written = frames.pixels.copy(), []
+    for _ in range(50):
+        pixels, lesions, _ = frames._window(0, rng)
+        assert (lesions == frames.lesions[0]).all()
+        written.append((pixels != before[0]).sum())
+    assert np.count_nonzero(written) > 40
+    assert len(set(written)) > 20
+    assert max(written) < 0.2 * pixels.size
+    assert (frames.pixels == before).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [({}, [1, 0]), ({"windows": 0.999}, [1, 1]), ({"empty": 0.999}, [1, 1])]
+)
+def test_whole_frames_of_a_source_without_normal_images_are_not_asked(config, expected):
+    labels = np.tile(["benign", "malignant", "normal"], 20)
+    sources = np.where(np.arange(60) < 30, "A", "B")
+    frames = _shown(60, sources, labels[:30].tolist() + ["benign", "malignant"] * 15, **config)
+    batch = frames.__getitems__(list(range(60)))
+    assert [set(batch["asked"][part].tolist()) for part in (sources == "A", sources == "B")] == [
+        {float(value)} for value in expected
+    ]
+    assert batch["malignant"].tolist() == (frames.malignant).astype(float).tolist()
+    if "empty" in config:
+        assert not batch["lesions"].any()
+
+
+def test_what_is_not_asked_and_malignancy_without_a_lesion_do_not_count():
+    lesions = torch.zeros(3, 1, 16, 16)
+    lesions[:2, :, 4:12, 4:12] = 1
+    asked, malignant = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0])
+    answers = torch.zeros(3, 2)
+    learner = detector._Learner(lambda pixels: (torch.zeros(3, 1, 4, 4), answers), 0.0)
+
+    def loss():
+        return float(learner(torch.zeros(3, 1, 16, 16), lesions, asked, malignant)["loss"])
+
+    whole = loss()
+    for place, counts in {(0, 0): 1, (1, 0): 0, (2, 0): 1, (0, 1): 1, (1, 1): 1, (2, 1): 0}.items():
+        answers[place] = 3
+        assert (loss() != whole) == counts, place
+        answers[place] = 0
+
+
+# Training
 
 
 def test_a_run_is_repeatable_and_read_when_finished(training_data, positions, folder, tmp_path, capsys):
@@ -73,29 +202,13 @@ def test_a_run_is_repeatable_and_read_when_finished(training_data, positions, fo
     two, same = detector.fit(training_data, positions, folder, **TINY)
     assert "finished before" in capsys.readouterr().out
     assert same.equals(history)
+    assert history.train_presence.between(0, 1).all()
     three, afresh = detector.fit(training_data, positions, tmp_path, **TINY)
     assert afresh.drop(columns="seconds").equals(history.drop(columns="seconds"))
-    answers = [
-        detector.predict([each], training_data.pixels[0], training_data.features[0])
-        for each in (one, two, three)
-    ]
-    for maps, classes in answers[1:]:
-        np.testing.assert_array_equal(maps, answers[0][0])
-        np.testing.assert_array_equal(classes, answers[0][1])
-
-
-def test_synthetic_images_come_first_and_serve_every_split(training_data, positions, tmp_path, capsys):
-    config = TINY | {"pretrain_images": 8, "pretrain_epochs": 1, "epochs": 1}
-    pretrained, _ = detector.fit(training_data, positions, tmp_path, **config)
-    assert "synthetic images, then the training images" in capsys.readouterr().out
-    detector.fit(training_data, positions[1:], tmp_path, **config)
-    assert capsys.readouterr().out.count("finished before") == 1
-    plain, _ = detector.fit(training_data, positions, tmp_path, **config | {"pretrain_images": 0})
-    answers = [
-        detector.predict([one], training_data.pixels[0], training_data.features[0])[0]
-        for one in (pretrained, plain)
-    ]
-    assert not np.allclose(*answers)
+    found = [detector.predict([each], training_data.pixels) for each in (one, two, three)]
+    for maps, answers in found[1:]:
+        np.testing.assert_array_equal(maps, found[0][0])
+        np.testing.assert_array_equal(answers, found[0][1])
 
 
 def test_other_images_and_configs_make_other_runs(training_data, positions, folder, capsys):
@@ -106,14 +219,12 @@ def test_other_images_and_configs_make_other_runs(training_data, positions, fold
 
 
 def test_the_images_that_are_not_positions_play_no_part(training_data, positions, folder, tmp_path):
-    import dataclasses
-
     spoilt = dataclasses.replace(
         training_data, pixels=training_data.pixels.clone(), lesions=training_data.lesions.clone()
     )
     others = np.setdiff1d(np.arange(len(training_data.rows)), positions)
-    spoilt.pixels[:, others] = 7
-    spoilt.lesions[:, others] = 255
+    spoilt.pixels[others] = 7
+    spoilt.lesions[others] = 255
     one, _ = detector.fit(training_data, positions, folder, **TINY)
     two, _ = detector.fit(spoilt, positions, tmp_path, **TINY)
     for name, value in one.state_dict().items():
@@ -121,80 +232,46 @@ def test_the_images_that_are_not_positions_play_no_part(training_data, positions
 
 
 def test_training_learns(training_data, positions, tmp_path):
-    config = TINY | {"epochs": 60, "dropout": 0.0, "zoom": 0.0, "intensity": 0.0, "average": 0.8}
-    found, history = detector.fit(training_data, positions, tmp_path, **config, smoothing=0.0)
+    config = TINY | PLAIN | {"epochs": 60, "dropout": 0.0, "zoom": 0.0, "intensity": 0.0, "average": 0.8}
+    found, history = detector.fit(training_data, positions, tmp_path, **config, smoothing=0.0, aspect=0.0)
     assert history.train_loss.iloc[-1] < 0.6 * history.train_loss.iloc[0]
-    maps, classes = detector.predict(
-        [found], training_data.pixels[0, positions], training_data.features[0, positions]
-    )
-    lesions = training_data.lesions[0, positions].float()
-    truth = torch.nn.functional.avg_pool2d(lesions, detector.COARSE)[:, 0].numpy() > 127
+    maps, answers = detector.predict([found], training_data.pixels[positions])
+    lesions = training_data.lesions[positions].float()
+    truth = F.avg_pool2d(lesions, detector.COARSE)[:, 0].numpy() > 127
     assert maps[truth].mean() > 3 * maps[~truth].mean()
-    labels = training_data.rows.label.iloc[positions].map(data.LABELS.index)
-    assert (classes.argmax(1) == labels).mean() > 0.8
+    labels = training_data.rows.label.iloc[positions].to_numpy()
+    present, malignant = (answers > 0.5).T
+    assert (present == (labels != "normal")).mean() > 0.8
+    lesion = labels != "normal"
+    assert (malignant == (labels == "malignant"))[lesion].mean() > 0.8
 
 
-def test_the_answer_does_not_depend_on_the_batch(training_data, positions, folder):
+def test_the_prediction_does_not_depend_on_the_batch(training_data, positions, folder):
     found, _ = detector.fit(training_data, positions, folder, **TINY)
-    together = detector.predict([found], training_data.pixels[0], training_data.features[0])
-    single = detector.predict([found], training_data.pixels[0], training_data.features[0], batch_size=1)
+    together = detector.predict([found], training_data.pixels)
+    single = detector.predict([found], training_data.pixels, batch_size=1)
     for many, one in zip(together, single):
         np.testing.assert_allclose(many, one, atol=1e-5)
-    np.testing.assert_allclose(together[1].sum(1), 1, rtol=1e-5)
+        assert ((many > 0) & (many < 1)).all()
+    assert together[1].shape == (len(training_data.rows), len(detector.ANSWERS))
 
 
 def test_the_mirror_image_is_asked_too(training_data, positions, folder):
     found, _ = detector.fit(training_data, positions, folder, **TINY)
-    asked = training_data.pixels[0, :3], training_data.features[0, :3]
-    maps, classes = detector.predict([found], *asked)
-    mirrored, same = detector.predict([found], *(part.flip(-1) for part in asked))
+    asked = training_data.pixels[:3]
+    maps, answers = detector.predict([found], asked)
+    mirrored, same = detector.predict([found], asked.flip(-1))
     np.testing.assert_allclose(mirrored, maps[..., ::-1], atol=1e-5)
-    np.testing.assert_allclose(same, classes, atol=1e-5)
+    np.testing.assert_allclose(same, answers, atol=1e-5)
 
 
 def test_detectors_decide_together(training_data, positions, folder):
     seeds = [detector.fit(training_data, positions, folder, **TINY | {"seed": seed})[0] for seed in (5, 6)]
-    asked = training_data.pixels[0, :3], training_data.features[0, :3]
-    both, (one, two) = (detector.predict(seeds, *asked), [detector.predict([each], *asked) for each in seeds])
+    asked = training_data.pixels[:3]
+    both, (one, two) = (detector.predict(seeds, asked), [detector.predict([each], asked) for each in seeds])
     for mean, first, second in zip(both, one, two):
         assert not np.allclose(first, second)
         np.testing.assert_allclose(mean, (first + second) / 2, rtol=1e-5)
-
-
-def test_pixels_and_features_move_with_the_lesion():
-    """A batch shows the lesion where its map says."""
-    square = torch.zeros(1, 40, 1, 32, 32, dtype=torch.uint8)
-    square[..., 8:20, 4:16] = 255
-    features = torch.nn.functional.avg_pool2d(square[:, :, 0].float() / 255, 4)[:, :, None]
-    rows = pd.DataFrame({"label": ["benign"] * 40})
-    made = detector.TrainingData(rows, square, features.half(), square, [])
-    torch.manual_seed(0)
-    config = detector.Config(**TINY | {"augmentations": 1}, intensity=0.0)
-    frames = detector._Frames(made, torch.arange(40), config)
-    batch = frames.__getitems__(list(range(40)))
-    pixels, known, lesions = batch["pixels"], batch["features"], batch["lesions"]
-    assert (batch["labels"] == data.LABELS.index("benign")).all()
-    assert (pixels - lesions).abs().mean() < 0.01
-    small = torch.nn.functional.avg_pool2d(lesions, 4)
-    assert (known - small).abs().mean() < 0.05
-    centre = (lesions * torch.arange(32)).sum((1, 2, 3)) / lesions.sum((1, 2, 3))
-    assert (centre < 14).any()
-    assert (centre > 18).any()  # mirrored
-
-
-def test_each_step_draws_one_of_the_augmentations(training_data, positions):
-    torch.manual_seed(0)
-    config = detector.Config(**TINY, zoom=0.0, intensity=0.0)
-    frames = detector._Frames(training_data, torch.as_tensor(positions), config)
-    drawn = set()
-    for _ in range(8):
-        pixels = frames.__getitems__([0])["pixels"][0]
-        for number, mirrored in ((0, False), (1, False), (0, True), (1, True)):
-            expected = training_data.pixels[number, positions[0]] / 255
-            expected = (expected.flip(-1) if mirrored else expected).clamp(1e-4)
-            if (pixels - expected).abs().max() < 1e-3:
-                drawn.add(number)
-    assert drawn == {0, 1}
 
 
 def test_a_stopped_run_resumes_with_the_same_numbers(training_data, positions, tmp_path, monkeypatch):
@@ -239,7 +316,7 @@ def test_the_rate_rises_and_falls_once_and_the_last_average_is_kept(training_dat
 
 def test_batch_statistics_and_the_first_stages_stay_those_of_imagenet(training_data, positions, folder):
     found, _ = detector.fit(training_data, positions, folder, **TINY)
-    start = detector.LesionDetector(training_data.features.shape[2], 64, 8)
+    start = detector.LesionDetector(64, 8)
     start.start_from_imagenet()
     trained, released = found.encoder.state_dict(), start.encoder.state_dict()
     kept = [name for name in released if "running_" in name]
@@ -256,6 +333,8 @@ def test_batch_statistics_and_the_first_stages_stay_those_of_imagenet(training_d
         ({"size": 32}, "size is 32; it must be 64 or more, and a multiple of 32"),
         ({"depth": 12}, "depth is 12; it must be 8 or more, and a multiple of 8"),
         ({"zoom": 1.0}, "zoom is 1.0; it must be 0 or more, and below 1"),
+        ({"windows": 1.0}, "windows is 1.0; it must be 0 or more, and below 1"),
+        ({"empty": -0.1}, "empty is -0.1; it must be 0 or more, and below 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
     ],
 )
@@ -265,21 +344,41 @@ def test_a_bad_config_is_named(config, message):
 
 
 def test_bad_training_data_are_refused(training_data, positions, rows, tmp_path):
-    only = positions[(rows.label.iloc[positions] != "benign").to_numpy()]
+    labels = rows.label.iloc[positions].to_numpy()
     with pytest.raises(ValueError, match=r"these rows lack \['benign'\]"):
-        detector.fit(training_data, only, tmp_path, **TINY)
-    with pytest.raises(ValueError, match="2 augmentations of 64 pixels, the config asks for 2 of 96"):
+        detector.fit(training_data, positions[labels != "benign"], tmp_path, **TINY)
+    with pytest.raises(ValueError, match="is normal, so whether there is a lesion can't be learned"):
+        detector.fit(training_data, positions[labels != "normal"], tmp_path, **TINY)
+    with pytest.raises(ValueError, match="the training data are of 64 pixels, the config asks for 96"):
         detector.fit(training_data, positions, tmp_path, **TINY | {"size": 96})
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         detector.fit(training_data, positions, tmp_path, **TINY | {"learning_rate": 1e30})
 
 
-def test_other_files_are_refused(tmp_path):
-    from safetensors.torch import save_file
+# Files
 
+
+def test_save_and_load_keeps_the_detector_in_half_precision(training_data, tmp_path):
+    torch.manual_seed(0)
+    made = detector.LesionDetector(64, 8, 0.2).eval()
+    detector.save(made, tmp_path / "detector.safetensors")
+    kept = safetensors.torch.load_file(tmp_path / "detector.safetensors")
+    assert {value.dtype for value in kept.values() if value.is_floating_point()} == {torch.float16}
+    loaded = detector.load(tmp_path / "detector.safetensors")
+    assert loaded.shape == {"size": 64, "depth": 8, "dropout": 0.2}
+    assert not loaded.training
+    pixels = training_data.pixels[:4]
+    for one, two in zip(detector.predict([made], pixels), detector.predict([loaded], pixels)):
+        np.testing.assert_allclose(one, two, atol=5e-3)
+    for name, value in made.state_dict().items():
+        assert loaded.state_dict()[name].dtype == value.dtype
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         detector.load(tmp_path / "none.safetensors")
-    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     for name in ("other", "broken"):
         with pytest.raises(ValueError, match=r"holds no LesionDetector"):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import cv2
@@ -38,9 +39,9 @@ def perfect(rows):
 class Echo:
     """Stands in for a pipeline: segments what is brighter than half of the frame's brightest."""
 
-    card = {"data": "none", "trained_on": ["a"]}
+    card = {"data": "none", "trained_on": {"none": ["a"]}}
 
-    def segment(self, image, embedding=None, mirror=False):
+    def segment(self, image, embedding=None):
         mask = image.mean(axis=2) > image.max() / 2
         return found([mask] if mask.any() else [], mask.astype(np.float32))
 
@@ -74,6 +75,43 @@ def test_what_no_image_can_tell_is_left_out_of_the_sum(rows, perfect):
     assert everything["false_alarms_per_normal_image"] == 0
     only = evaluate.detection_summary(evaluate.detection(data.lesions(rows), perfect))
     assert set(only) == {"sensitivity", "false_alarms_per_lesion_image"}
+
+
+def test_lesion_images_are_summed_up(rows, perfect):
+    answers = dict(perfect)
+    benign, malignant, normal = (
+        list(rows.image_id[rows.label == label]) for label in sorted(set(rows.label))
+    )
+    blank = answers[benign[0]].probability
+    answers[benign[0]] = found([], blank, ("benign", "malignant"))
+    answers[malignant[0]] = found([], blank, ())
+    answers[normal[0]] = found([blank > 0.5], blank)
+    for number, name in enumerate([*benign, *malignant]):  # the malignant ones first, but for one pair
+        odds = [0, 1, 4, 3, 5, 6][number]
+        shares = {"normal": 0.9 - number / 10, "benign": 1.0, "malignant": float(odds)}
+        answers[name] = dataclasses.replace(answers[name], probabilities=shares)
+    summed = evaluate.lesion_summary(rows, answers)
+    assert summed == {
+        "normals_marked": pytest.approx(1 / 3),
+        "nothing_segmented": pytest.approx(2 / 6),
+        "decided": pytest.approx(4 / 6),
+        "malignant_auc": pytest.approx(8 / 9),
+    }
+    assert evaluate.lesion_summary(rows, dict(reversed(answers.items()))) == summed
+    only = rows[rows.label == "malignant"]
+    assert set(evaluate.lesion_summary(only, answers)) == {"nothing_segmented", "decided"}
+    assert set(evaluate.lesion_summary(rows[rows.label == "normal"], answers)) == {"normals_marked"}
+
+
+def test_malignancy_does_not_depend_on_presence():
+    shares = (
+        {"normal": rest, "benign": 3 * part, "malignant": part} for rest, part in ((0, 0.25), (0.8, 0.05))
+    )
+    answers = {
+        str(number): dataclasses.replace(found([], np.zeros((9, 9))), probabilities=each)
+        for number, each in enumerate(shares)
+    }
+    np.testing.assert_allclose(evaluate.malignancy(answers), [0.25, 0.25])
 
 
 def test_the_most_confident_come_first(rows, perfect):
@@ -133,7 +171,7 @@ def test_degraded_frames_are_scored_and_the_untouched_one_only_once(rows):
     asked = []
 
     class Counting(Echo):
-        def segment(self, image, embedding=None, mirror=False):
+        def segment(self, image, embedding=None):
             asked.append(image)
             return super().segment(image)
 
@@ -155,10 +193,19 @@ def test_records_hold_segmentation_classification_and_detection(rows, perfect, t
     recorder = results.Recorder(rows, path=tmp_path)
     files = evaluate.record(recorder, Echo(), perfect, scores, 1.5)
     first, second = (json.loads(path.read_text()) for path in files)
-    assert first["key"] == second["key"] == "pipeline"
+    assert first["key"] == second["key"] == "pipeline-alone"
+    assert first["title"] == second["title"] == "automatic pipeline, none alone"
     assert first["prompt"] == "predicted box"
     assert first["details"]["training"] == {"data": "none"}
     assert first["details"]["detection"]["sensitivity"] == 1
+    assert first["details"]["detection"]["nothing_segmented"] == 0
     assert second["prompt"] == "image with predicted mask"
     shares = pd.DataFrame(second["per_image"]["probability"])
     assert shares.to_numpy().tolist() == [[0.1, 0.7, 0.2]] * len(rows)
+    both = Echo()
+    both.card = {"data": "none and other", "trained_on": {"none": ["a"], "other": ["b"]}}
+    for path in evaluate.record(recorder, both, perfect, scores, 1.5):
+        other = json.loads(path.read_text())
+        assert (other["key"], other["title"]) == ("pipeline", "automatic pipeline")
+        assert other["details"]["training"] == {"data": "none and other"}
+        assert path not in files

@@ -19,16 +19,16 @@ def built():
 
     torch.manual_seed(0)
     segmenter = sam.load("tiny", "cpu")
-    detectors = [detector.LesionDetector(segmenter_channels(segmenter), 64, 8).eval() for _ in range(2)]
+    detectors = [detector.LesionDetector(64, 8).eval() for _ in range(2)]
     rng = np.random.default_rng(0)
-    features = len(diagnosis.FEATURES)
+    channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
+    widths = len(diagnosis.PRESENCE), len(diagnosis.MALIGNANCY) + 2 * channels
+    regressions = [diagnosis.Regression(rng.standard_normal(width) / 9, 0.1) for width in widths]
     nonconformity = {label: np.sort(rng.random(40)) for label in data.LABELS}
-    classifier = diagnosis.Diagnosis(rng.standard_normal((3, features)) / 9, np.zeros(3), nonconformity)
-    return pipeline.Pipeline(segmenter, detectors, classifier, pipeline.Rules(normal=0.9), {"data": "none"})
-
-
-def segmenter_channels(segmenter):
-    return segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
+    classifier = diagnosis.Diagnosis(*regressions, nonconformity)
+    return pipeline.Pipeline(
+        segmenter, detectors, classifier, pipeline.Rules(presence=0.05), {"data": "none"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +57,30 @@ def test_an_embedding_at_hand_gives_the_same(built, image):
     np.testing.assert_array_equal(one.probability, two.probability)
 
 
-def test_the_mirror_image_is_averaged_in(built, image):
-    plain, both = built.segment(image), built.segment(image, mirror=True)
-    other = built.segment(np.ascontiguousarray(image[:, ::-1]), mirror=True)
-    assert not np.allclose(plain.probability, both.probability)
-    assert other.probabilities == pytest.approx(both.probabilities, abs=0.05)
+@pytest.mark.parametrize("place", [(30, 20, 330, 300), (0, 40, 200, 320)])
+def test_the_detectors_see_the_sector_alone(built, image, monkeypatch, place):
+    left, top, right, bottom = place
+    monkeypatch.setattr(pipeline.geometry, "sector", lambda image: place)
+    found = built.segment(image).lesion_map
+    assert found.shape == image.shape[:2]
+    inside = image[top:bottom, left:right]
+    monkeypatch.setattr(pipeline.geometry, "sector", lambda image: (0, 0, right - left, bottom - top))
+    np.testing.assert_array_equal(found[top:bottom, left:right], built.segment(inside).lesion_map)
+    assert found[top:bottom, left:right].all()
+    found[top:bottom, left:right] = 0
+    assert not found.any()
 
 
-def test_normal_above_its_level_segments_nothing(built, image):
-    rules = dataclasses.replace(built.rules, normal=0.0)
-    finding = dataclasses.replace(built, rules=rules).segment(image)
-    assert finding.masks == []
-    assert finding.boxes.shape == (0, 4)
-    assert not finding.mask.any()
+def test_presence_below_its_level_segments_nothing(built, image):
+    present = 1 - built.segment(image).probabilities["normal"]
+    kept, dropped = (
+        dataclasses.replace(built, rules=dataclasses.replace(built.rules, presence=level)).segment(image)
+        for level in (present - 1e-4, present + 1e-4)
+    )
+    assert kept.masks
+    assert dropped.masks == []
+    assert dropped.boxes.shape == (0, 4)
+    assert not dropped.mask.any()
 
 
 def test_saved_and_loaded_it_finds_the_same(built, image, tmp_path):
@@ -89,11 +100,11 @@ def test_folders_of_another_kind_are_refused(built, tmp_path):
     built.save(tmp_path)
     settings = json.loads((tmp_path / "pipeline.json").read_text())
     (tmp_path / "pipeline.json").write_text(json.dumps(settings | {"version": 99}))
-    with pytest.raises(ValueError, match="is of version 99, this package reads 2; train it again"):
+    with pytest.raises(ValueError, match="is of version 99, this package reads 4; train it again"):
         pipeline.load(tmp_path)
-    older = {"version": 1, "measures": ["found", "area"], "weights": [], "bias": []}
+    older = {"version": 2, "features": ["log odds of benign to normal"], "weights": [], "bias": []}
     (tmp_path / "pipeline.json").write_text(json.dumps(older))
-    with pytest.raises(ValueError, match="is of version 1, this package reads 2; train it again"):
+    with pytest.raises(ValueError, match="is of version 2, this package reads 4; train it again"):
         pipeline.load(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps(settings)[:-20])
     with pytest.raises(ValueError, match="cut off or altered"):
@@ -184,12 +195,23 @@ def test_a_folder_without_images_says_so(built, tmp_path):
         cli.run_folder(built, [], tmp_path / "out")
 
 
-def test_the_pipeline_in_the_package_works_at_once(image):
-    assert sum(path.stat().st_size for path in pipeline.WEIGHTS.iterdir()) <= 10e6
-    loaded = pipeline.load()
-    card = (pipeline.WEIGHTS / "README.md").read_text()
-    assert f"{loaded.card['training_images']} images of BUSI" in card
-    assert len(loaded.card["trained_on"]) == loaded.card["training_images"]
+def test_the_pipelines_in_the_package_are_small():
+    files = [path for path in pipeline.WEIGHTS.rglob("*") if path.is_file()]
+    assert pipeline.BUSI_ALONE / pipeline.SETTINGS in files
+    assert sum(path.stat().st_size for path in files) <= 20e6
+
+
+@pytest.mark.parametrize(
+    ("folder", "sources"), [(None, ["BUSI", "BUS-BRA"]), (pipeline.BUSI_ALONE, ["BUSI"])]
+)
+def test_the_pipelines_in_the_package_work_at_once(folder, sources, image):
+    loaded = pipeline.load(folder)
+    text = ((folder or pipeline.WEIGHTS) / "README.md").read_text("utf-8")
+    assert loaded.card["data"] == " and ".join(sources)
+    assert f"{loaded.card['training_images']} images of {loaded.card['data']} (" in text
+    assert set(loaded.card["trained_on"]) == set(sources)
+    assert sum(map(len, loaded.card["trained_on"].values())) == loaded.card["training_images"]
+    assert len(loaded.detectors) == 4
     finding = loaded.segment(image)
     assert finding.mask.shape == image.shape[:2]
     assert sum(finding.probabilities.values()) == pytest.approx(1)
@@ -197,7 +219,7 @@ def test_the_pipeline_in_the_package_works_at_once(image):
 
 def test_images_that_it_was_trained_on_are_refused(built, index):
     rows = data.lesions(index).head(3)
-    known = {"data": "synthetic", "trained_on": [rows.image_id[1]], "test_fold": 0}
+    known = {"trained_on": {"BUSI": ["benign (1)"], "synthetic": [rows.image_id[1]]}, "test_fold": 0}
     other = dataclasses.replace(built, card=known)
     with pytest.raises(ValueError, match="trained on 1 of these 3 images, such as 'benign"):
         other.check_unseen(rows)

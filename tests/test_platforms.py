@@ -51,9 +51,9 @@ def test_no_float64_goes_to_the_device(name, image):
     with NoFloat64():
         embedding = segmenter.embed([image])[0]
         segmenter.predict(embedding, np.array(BOX, np.float64))
-        found = detector.LesionDetector(embedding.features.shape[0], 64, 8).eval()
-        pixels, features = detector.inputs(image, embedding, found.shape["size"])
-        detector.predict([found], pixels[None, None], features[None])
+        found = detector.LesionDetector(64, 8).eval()
+        pixels = detector.inputs(image, found.shape["size"])
+        detector.predict([found], pixels[None, None])
     assert NoFloat64.moved
 
 

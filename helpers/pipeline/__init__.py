@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 
 from helpers import cache, data, images, sam
-from helpers.pipeline import detector, diagnosis, files
+from helpers.pipeline import detector, diagnosis, files, geometry
 
-VERSION = 2
+VERSION = 4
 SETTINGS = "pipeline.json"
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent / "weights"  # trained on two hospitals
+BUSI_ALONE = WEIGHTS / "busi-alone"  # for the external test
 UNCERTAIN = "uncertain: ask a radiologist"
 
 
@@ -31,14 +32,14 @@ class Rules:
         part_share: a part is a lesion of its own where its mass (the sum of its probabilities) is at least
             this share of the largest part's.
         margin: around a part's box, as a share of the frame's longest side.
-        normal: probability of "normal" above which no lesion is segmented.
+        presence: probability of a lesion below which none is segmented.
     """
 
     threshold: float = 0.5
     peak_share: float = 0.5
     part_share: float = 0.6
     margin: float = 0.01
-    normal: float = 0.5
+    presence: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +90,12 @@ class Pipeline:
     rules: Rules = Rules()
     card: dict = dataclasses.field(default_factory=dict)
 
-    def segment(self, image: np.ndarray, embedding=None, mirror: bool = False) -> Finding:
+    def segment(self, image: np.ndarray, embedding=None) -> Finding:
         """Find, segment and classify the lesions of a frame.
 
         Args:
             image: uint8 (H, W, 3) RGB, as from `helpers.images.read_image`.
             embedding: of this very image, where it is at hand; else the encoder runs.
-            mirror: also predict the mirror image, and average; takes the encoder twice.
 
         Raises:
             ValueError: no uint8 RGB image, or one that can't be a B-mode frame.
@@ -103,34 +103,33 @@ class Pipeline:
         sam.check_image(image)
         warnings = files.check(image)
         embedding = embedding or self.segmenter.embed([image])[0]
-        lesion_map, detected = self._detect(image, embedding)
-        if mirror:
-            mirrored = np.ascontiguousarray(image[:, ::-1])
-            other_map, other = self._detect(mirrored, self.segmenter.embed([mirrored])[0])
-            lesion_map, detected = (lesion_map + other_map[:, ::-1]) / 2, (detected + other) / 2
-        parts = segment_map(self.segmenter, embedding, lesion_map, detected, self.rules)
+        lesion_map, answers = self._detect(image)
+        parts = segment_map(self.segmenter, embedding, lesion_map, answers, self.rules)
         boxes, masks, probability, features = parts
         shares = self.classifier.predict(features[None])
         kept = self.classifier.prediction_sets(shares)[0]
         probabilities = dict(zip(data.LABELS, shares[0].tolist()))
-        if probabilities["normal"] > self.rules.normal:
+        if 1 - probabilities["normal"] < self.rules.presence:
             masks, boxes = [], boxes[:0]
         prediction_set = tuple(label for label, inside in zip(data.LABELS, kept) if inside)
         confidences = [confidence(probability, mask) for mask in masks]
         found = masks, boxes, probabilities, prediction_set, confidences
         return Finding(*found, lesion_map, probability, warnings)
 
-    def _detect(self, image, embedding):
-        """Return the detectors' lesion map (H, W) and class probabilities (3,)."""
-        pixels, features = detector.inputs(image, embedding, self.detectors[0].shape["size"])
-        maps, classes = detector.predict(self.detectors, pixels[None, None], features[None])
-        return cv2.resize(maps[0], image.shape[1::-1]), classes[0]
+    def _detect(self, image):
+        """Return the detectors' lesion map (H, W) and answers (2,), from the sector of the frame."""
+        left, top, right, bottom = geometry.sector(image)
+        inside = image[top:bottom, left:right]
+        pixels = detector.inputs(inside, self.detectors[0].shape["size"])
+        maps, answers = detector.predict(self.detectors, pixels[None, None])
+        lesion_map = np.zeros(image.shape[:2], np.float32)
+        lesion_map[top:bottom, left:right] = detector.to_frame(maps[0], inside.shape)
+        return lesion_map, answers[0]
 
     def check_unseen(self, rows: pd.DataFrame) -> None:
         """Raise ValueError where a part of this pipeline was trained on one of the rows of an index."""
-        if rows.source.iloc[0] != self.card.get("data"):
-            return
-        known = sorted(set(rows.image_id) & set(self.card.get("trained_on", ())))
+        seen = {(source, name) for source, names in self.card.get("trained_on", {}).items() for name in names}
+        known = sorted(name for source, name in set(zip(rows.source, rows.image_id)) & seen)
         if known:
             raise ValueError(
                 f"this pipeline was trained on {len(known)} of these {len(rows)} images, such as "
@@ -155,8 +154,8 @@ class Pipeline:
             "detectors": len(self.detectors),
             "rules": dataclasses.asdict(self.rules),
             "features": diagnosis.FEATURES,
-            "weights": self.classifier.weights.tolist(),
-            "bias": self.classifier.bias.tolist(),
+            "presence": _regression_json(self.classifier.presence),
+            "malignancy": _regression_json(self.classifier.malignancy),
             "nonconformity": {
                 label: np.round(scores, 5).tolist() for label, scores in self.classifier.nonconformity.items()
             },
@@ -169,8 +168,8 @@ def load(folder: str | Path | None = None, device=None, precision: str = "auto")
     """Load a pipeline.
 
     Args:
-        folder: that `Pipeline.save` wrote; by default the one that comes with the package, which was
-            trained without fold 0 of BUSI and needs no download.
+        folder: that `Pipeline.save` wrote; by default `WEIGHTS`, which come with the package and were
+            trained on BUS-BRA, and on BUSI without fold 0; `BUSI_ALONE` were trained on the latter alone.
         device, precision: as for `helpers.sam.load`.
 
     Raises:
@@ -192,13 +191,20 @@ def load(folder: str | Path | None = None, device=None, precision: str = "auto")
             f"the pipeline in {str(folder)!r} is of version {version}, this package reads {VERSION}; "
             "train it again with helpers.pipeline.train.fit, or install the package that wrote it"
         )
-    weights, bias = np.array(settings["weights"]), np.array(settings["bias"])
+    presence, malignancy = (
+        diagnosis.Regression(np.array(part["weights"]), part["bias"])
+        for part in (settings[name] for name in detector.ANSWERS)
+    )
     scores = {label: np.array(part) for label, part in settings["nonconformity"].items()}
     files = [folder / f"detector-{number}.safetensors" for number in range(settings["detectors"])]
     detectors = [detector.load(file) for file in files]
     segmenter = sam.load(settings["segmenter"], device, precision)
-    classifier, rules = diagnosis.Diagnosis(weights, bias, scores), Rules(**settings["rules"])
+    classifier, rules = diagnosis.Diagnosis(presence, malignancy, scores), Rules(**settings["rules"])
     return Pipeline(segmenter, detectors, classifier, rules, settings["card"])
+
+
+def _regression_json(regression):
+    return {"weights": np.round(regression.weights, 7).tolist(), "bias": regression.bias}
 
 
 def union(masks: list, shape: tuple) -> np.ndarray:
@@ -241,15 +247,15 @@ def segment_boxes(segmenter, embedding, lesion_map: np.ndarray, boxes: np.ndarra
     return masks, probability
 
 
-def segment_map(segmenter, embedding, lesion_map: np.ndarray, detected: np.ndarray, rules: Rules):
-    """Do what follows the detectors, whose lesion map (H, W) and class probabilities (3,) are given.
+def segment_map(segmenter, embedding, lesion_map: np.ndarray, answers: np.ndarray, rules: Rules):
+    """Do what follows the detectors, whose lesion map (H, W) and answers (2,) are given.
 
     Returns the boxes, the masks and probability of `segment_boxes`, and the features of the diagnosis.
     """
     boxes = propose_boxes(lesion_map, rules)
     masks, probability = segment_boxes(segmenter, embedding, lesion_map, boxes)
     mask = union(masks, lesion_map.shape)
-    return boxes, masks, probability, diagnosis.features(detected, lesion_map, mask)
+    return boxes, masks, probability, diagnosis.features(answers, lesion_map, mask, embedding)
 
 
 def confidence(probability: np.ndarray, mask: np.ndarray) -> float:

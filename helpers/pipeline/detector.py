@@ -1,8 +1,9 @@
-"""Detect the lesion without a box: a small U-Net that sees the frame and the embedding of it.
+"""Detect the lesion without a box: a small U-Net that sees the frame at its own aspect.
 
-Its own encoder, an EfficientNet-Lite0 pretrained on ImageNet, shows fine structure; the cached embedding
-of a frozen medical encoder shows what that knows. One network gives a lesion map and the class; where the
-map is empty, no lesion was found. It learns from synthetic images first, for BUSI is small.
+Its encoder is an EfficientNet-Lite0 pretrained on ImageNet. One network gives a lesion map and two answers
+apart from each other: whether there is a lesion, and whether it is malignant. The first is learned from
+whole frames only where a data set has normal images too, for else the hospital would stand for the answer;
+windows beside the lesion, and windows around it, ask it on every set.
 EfficientNet: M. Tan and Q. Le, ICML 2019; U-Net: O. Ronneberger et al., MICCAI 2015.
 """
 
@@ -17,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers import augment, cache, data, synthetic
+from helpers import augment, cache, data
 from helpers.devices import default_device
 from helpers.params import SCHEDULES, TrainingConfig, limited
-from helpers.sam import embeddings
 
-VERSION = 4  # raise it with every change that gives other numbers: older runs are then made again
+VERSION = 8  # raise it with every change that gives other numbers: older runs are then made again
 STEP = 32  # the network's size is a multiple of it: the deepest level is at 1/32
-GRID = 8  # the embedding enters where a cell is GRID x GRID pixels of the network's input
 COARSE = 4  # a cell of the lesion map is COARSE x COARSE pixels of the network's input
 BACKBONE = "tf_efficientnet_lite0"  # timm's name
 KEPT = 5  # of its seven stages: down to 1/16
 FROZEN = 2  # of these, and the stem: left as ImageNet made them, which halves the training time
+ANSWERS = ("presence", "malignancy")
+WORDS = ("MAMA DIREITA", "MAMA ESQUERDA", "RT BREAST", "LT UOQ", "RIGHT 10", "9H", "L 3 OC", "1.24cm", "AX")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,82 +39,76 @@ class Config(TrainingConfig):
     The learning rate rises and falls once. The last averaged weights are kept: no image has to choose.
 
     Attributes:
-        pretrain_images: synthetic images per class to learn from first, without an embedding; 0 for none.
-        pretrain_epochs: passes over them.
-        size: pixels; the network sees the frame stretched to size x size.
+        size: pixels; the network sees the frame's longest side at it, and black beside the shorter.
         depth: features of the deepest levels of the decoder.
-        dropout: share of features dropped in the deepest level and before the class.
-        smoothing: share of each label that is spread over all classes.
-        augmentations: cached ones of each image, of which each step draws one and changes it further.
-        zoom: largest such zoom and shift, as a share of the sides.
-        intensity: largest such change of gain, contrast and gamma of the pixels.
+        dropout: share of features dropped in the deepest level and before the answers.
+        smoothing: share of each answer that is spread over both.
+        zoom: largest zoom and twice the largest shift, as a share of the sides.
+        aspect: largest change of width over height, as a logarithm.
+        intensity: largest change of gain, contrast, gamma, and gain over depth, as logarithms.
+        windows: share of the images of which a window is shown that holds the lesion whole.
+        empty: share of the lesion images of which a window beside the lesion is shown.
+        marks: share of the images with words and crosses written on them.
     """
 
-    epochs: int = limited(12, at_least=1)
+    epochs: int = limited(24, at_least=1)
     weight_decay: float = limited(1e-2, at_least=0)
     schedule: str = limited("one cycle", options=SCHEDULES)
     average: float = limited(0.99, at_least=0, below=1)
     max_grad_norm: float = limited(1.0, at_least=0)
-    pretrain_images: int = 500
-    pretrain_epochs: int = limited(4, at_least=1)
     size: int = limited(224, at_least=2 * STEP, multiple_of=STEP)
     depth: int = limited(64, at_least=8, multiple_of=8)
     dropout: float = limited(0.3, at_least=0, below=1)
     smoothing: float = limited(0.05, at_least=0, below=1)
-    augmentations: int = limited(1, at_least=1)
-    zoom: float = limited(0.2, at_least=0, below=1)
-    intensity: float = limited(0.3, at_least=0, below=1)
+    zoom: float = limited(0.25, at_least=0, below=1)
+    aspect: float = limited(0.25, at_least=0, below=1)
+    intensity: float = limited(0.4, at_least=0, below=1)
+    windows: float = limited(0.3, at_least=0, below=1)
+    empty: float = limited(0.15, at_least=0, below=1)
+    marks: float = limited(0.4, at_least=0, below=1)
 
 
 class LesionDetector(nn.Module):
     """The network; `shape` is what it was built with. Its weights are random until trained or loaded."""
 
-    def __init__(self, channels: int = 256, size=224, depth: int = 64, dropout: float = 0.3):
+    def __init__(self, size: int = 224, depth: int = 64, dropout: float = 0.3):
         super().__init__()
         import timm
 
-        self.shape = {"channels": channels, "size": size, "depth": depth, "dropout": dropout}
+        self.shape = {"size": size, "depth": depth, "dropout": dropout}
         self.encoder = timm.create_model(
             BACKBONE, features_only=True, in_chans=1, out_indices=(1, 2, 3), drop_path_rate=0.1
         )
         self.encoder.blocks = self.encoder.blocks[:KEPT]
-        self.embedding_adapter = nn.Sequential(
-            nn.Dropout2d(dropout / 2), nn.Conv2d(channels, 64, 1), nn.GroupNorm(8, 64), nn.SiLU()
-        )
         channels_at = self.encoder.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4
-        extra, widths = [0, 64, 0], [depth, 64, 32]
+        widths = [depth, 64, 32]
         self.bottleneck = nn.Sequential(
-            _conv_block(channels_at[0] + 64, depth), _ResidualBlock(depth), nn.Dropout2d(dropout)
+            _conv_block(channels_at[0], depth), _ResidualBlock(depth), nn.Dropout2d(dropout)
         )
         self.decoder = nn.ModuleList(
-            nn.Sequential(_conv_block(below + level + more, width), _ResidualBlock(width))
-            for below, level, more, width in zip([depth, *widths], channels_at, extra, widths)
+            nn.Sequential(_conv_block(below + level, width), _ResidualBlock(width))
+            for below, level, width in zip([depth, *widths], channels_at, widths)
         )
         self.lesion_head = nn.Conv2d(widths[-1], 1, 1)
-        hidden, last = nn.Linear(3 * 64 + depth + 2, 64), nn.Linear(64, len(data.LABELS))
-        self.class_head = nn.Sequential(nn.Dropout(dropout), hidden, nn.SiLU(), nn.Dropout(dropout), last)
+        hidden, last = nn.Linear(2 * 64 + depth + 2, 64), nn.Linear(64, len(ANSWERS))
+        self.answer_head = nn.Sequential(nn.Dropout(dropout), hidden, nn.SiLU(), nn.Dropout(dropout), last)
 
-    def forward(self, pixels, features):
-        """Return the logits of the lesion map, (N, 1, size / 4, size / 4), and of the classes, (N, 3).
+    def forward(self, pixels):
+        """Return the logits of the lesion map, (N, 1, size / 4, size / 4), and of `ANSWERS`, (N, 2).
 
-        Pixels are float (N, 1, size, size), 0 to 1, and features (N, channels, size / 8, size / 8).
+        Pixels are float (N, 1, size, size), 0 to 1.
         """
-        adapted = self.embedding_adapter(features)
         skips = self.encoder(3.5 * (pixels - 0.3))  # about mean 0 and deviation 1 for B-mode frames
-        deepest = torch.cat([F.max_pool2d(skips[-1], 2), F.avg_pool2d(adapted, 4)], 1)
-        x = deep = self.bottleneck(deepest)
+        x = deep = self.bottleneck(F.max_pool2d(skips[-1], 2))
         for level, block in enumerate(self.decoder):
-            parts = [F.interpolate(x, scale_factor=2), skips.pop()]
-            x = block(torch.cat([*parts, adapted] if level == 1 else parts, 1))
+            x = block(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1))
             if level == 1:
                 eighth = x
         lesion = self.lesion_head(x)
-        share = F.avg_pool2d(torch.sigmoid(lesion), GRID // COARSE)
-        area = share.sum((2, 3)) + 0.25
-        inside = [(part * share).sum((2, 3)) / area for part in (eighth, adapted)]
+        share = F.avg_pool2d(torch.sigmoid(lesion), 2)
+        inside = (eighth * share).sum((2, 3)) / (share.sum((2, 3)) + 0.25)
         means = [part.mean((2, 3)) for part in (eighth, deep, share)]
-        pooled = torch.cat([*inside, *means, lesion.amax((2, 3)) / 5], 1)
-        return lesion, self.class_head(pooled)
+        return lesion, self.answer_head(torch.cat([inside, *means, lesion.amax((2, 3)) / 5], 1))
 
     def train(self, mode=True):
         """Switch to training; batch statistics stay those of ImageNet, for batches are small."""
@@ -153,71 +148,65 @@ def _conv_block(before, after):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What detectors learn from, in memory: the augmentations of N images.
+    """What detectors learn from, in memory: N images.
 
     Attributes:
-        rows: the N rows of an index.
-        pixels: uint8 (augmentations, N, 1, size, size).
-        features: float16 (augmentations, N, channels, size / 8, size / 8).
-        lesions: uint8 (augmentations, N, 1, size, size): the share of each pixel that is lesion, of 255.
-        origin: what these were made of, for the names of runs.
+        rows: the N rows of an index, or of several together.
+        pixels: uint8 (N, 1, size, size), letterboxed.
+        lesions: uint8 (N, 1, size, size): the share of each pixel that is lesion, of 255.
     """
 
     rows: pd.DataFrame
     pixels: torch.Tensor
-    features: torch.Tensor
     lesions: torch.Tensor
-    origin: list
 
 
-def prepare(segmenter, rows, folder="", augmentations=1, size=224) -> TrainingData:
-    """Gather what detectors learn from the rows of an index, normal images with their empty mask.
-
-    The embeddings of the segmenter's frozen encoder come from the cache in `folder` ("" is
-    `helpers.cache.folder()`), or are made. `augmentations` and `size` are as in `Config`.
-    """
-    features = []
-    for number in range(augmentations):
-        embedded = embeddings.embed_rows(segmenter, rows, folder, number).values()
-        features.append(torch.stack([_cells(embedding, size).half() for embedding in embedded]))
-    origin = [embeddings.encoder_hash(segmenter), augmentations, size, 0]  # seed 0 of the augmentations
-    return _gather(rows, torch.stack(features), size, origin)
-
-
-def _gather(rows, features, size, origin):
-    shape = *features.shape[:2], 1, size, size
-    pixels, lesions = (torch.empty(shape, dtype=torch.uint8) for _ in range(2))
+def prepare(rows: pd.DataFrame, size: int = 224) -> TrainingData:
+    """Read the rows of an index for detectors of a `size`, normal images with their empty mask."""
+    pixels, lesions = (torch.zeros((len(rows), 1, size, size), dtype=torch.uint8) for _ in range(2))
     for position, row in enumerate(rows.itertuples()):
-        image, truth = data.read_image(row.image_path), data.read_truth(row)
-        for number in range(len(features)):
-            seen, mask = augment.augment(image, truth, number, row.image_id)
-            pixels[number, position, 0] = _grey(seen, size)
-            share = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
-            lesions[number, position, 0] = torch.from_numpy(share * 255).round()
-    return TrainingData(rows.reset_index(drop=True), pixels, features, lesions, origin)
+        pixels[position, 0] = inputs(data.read_image(row.image_path), size)
+        lesions[position, 0] = torch.from_numpy(_letterbox(np.uint8(data.read_truth(row)) * 255, size))
+    return TrainingData(rows.reset_index(drop=True), pixels, lesions)
 
 
-def inputs(image: np.ndarray, embedding, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a detector of a `size` sees of an image, uint8 (H, W, 3) RGB, and of its embedding.
+def inputs(image: np.ndarray, size: int) -> torch.Tensor:
+    """Return what a detector of a `size` sees of an image, uint8 (H, W, 3) RGB: a uint8 tensor (size, size).
 
-    Both are stretched over the whole frame: a uint8 tensor (size, size), from the frame's darkest to its
-    brightest, and a float32 tensor (channels, size / 8, size / 8).
+    Its longest side has `size` pixels; it runs from the frame's darkest to its brightest, on black.
     """
-    return _grey(image, size), _cells(embedding, size)
-
-
-def _grey(image, size):
-    grey = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32).mean(2)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    grey = grey if max(grey.shape) < size else _resize(grey, *_sides(grey.shape, size))
     low, high = grey.min(), grey.max()
-    return torch.from_numpy(((grey - low) / max(high - low, 1) * 255).round().astype(np.uint8))
+    shown = ((grey - low) / max(high - low, 1) * 255).round().astype(np.uint8)
+    return torch.from_numpy(_letterbox(shown, size))
 
 
-def _cells(embedding, size):
-    features = embedding.features.float().cpu()
-    scale = max(features.shape[1:]) / max(embedding.resized)
-    height, width = (max(1, round(side * scale)) for side in embedding.resized)
-    inside = features[None, :, :height, :width]
-    return F.interpolate(inside, (size // GRID, size // GRID), mode="area")[0]
+def to_frame(lesion_map: np.ndarray, shape: tuple) -> np.ndarray:
+    """Give a map (size / 4, size / 4) of letterboxed pixels back in the pixels of its frame, (H, W)."""
+    height, width = (side // COARSE for side in _sides(shape, COARSE * len(lesion_map)))
+    top, left = (len(lesion_map) - height) // 2, (len(lesion_map) - width) // 2
+    return cv2.resize(lesion_map[top : top + height, left : left + width], shape[1::-1])
+
+
+def _sides(shape, size):
+    """Return height and width of a frame of `shape` in a square of `size`, in whole pairs of cells."""
+    step = 2 * COARSE
+    return tuple(max(step, step * round(side * size / max(shape[:2]) / step)) for side in shape[:2])
+
+
+def _letterbox(array, size):
+    """Put an array (H, W) into the middle of a black square (size, size), its aspect kept."""
+    height, width = _sides(array.shape, size)
+    square = np.zeros((size, size), array.dtype)
+    top, left = (size - height) // 2, (size - width) // 2
+    square[top : top + height, left : left + width] = _resize(array, height, width)
+    return square
+
+
+def _resize(array, height, width):
+    smaller = max(height, width) < max(array.shape)
+    return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
 
 
 def fit(
@@ -226,93 +215,149 @@ def fit(
     """Train one detector, and keep the last averaged weights.
 
     Args:
-        training_data: of the size and the number of augmentations of the config.
+        training_data: of the size of the config.
         positions: of the training images in `training_data.rows`.
         folder: for runs; "" is `helpers.cache.folder()`.
         bfloat16: whether to multiply in it.
         config: the fields of `Config`.
 
     Returns:
-        The detector, and the history of `helpers.training.fit`, with `train_accuracy`.
+        The detector, and the history of `helpers.training.fit`, with `train_presence` (accuracy).
 
     Raises:
         ValueError: a config out of its limits, or a class that these images lack; and all that
             `helpers.training.fit` raises.
     """
-    settings = Config(**config)
-    positions = torch.as_tensor(np.asarray(positions))
-    rows = training_data.rows.iloc[positions.tolist()]
-    data.check_classes(rows)
-    (held, _, channels), size = training_data.features.shape[:3], training_data.pixels.shape[-1]
-    if (held, size) != (settings.augmentations, settings.size):
-        raise ValueError(
-            f"the training data hold {held} augmentations of {size} pixels, the config asks for "
-            f"{settings.augmentations} of {settings.size}; prepare them with those"
-        )
-
-    def train_set(detector):
-        if settings.pretrain_images:
-            detector.load_state_dict(_pretrain(channels, folder, bfloat16, settings).state_dict())
-        return _Frames(training_data, positions, settings)
-
-    origin = [training_data.origin, data.signature(rows)]
-    return _train(channels, train_set, settings, origin, folder, bfloat16)
-
-
-def _pretrain(channels, folder, bfloat16, config):
-    """Train on synthetic images, whose embedding is zero; the run serves every split of the real ones."""
-    count, epochs = config.pretrain_images, config.pretrain_epochs
-    config = dataclasses.replace(config, epochs=epochs, pretrain_images=0, augmentations=1)
-
-    def train_set(_):
-        rows, _ = data.pretraining_set(count, folder)
-        print(f"first {len(rows)} synthetic images, then the training images")
-        nothing = torch.zeros((), dtype=torch.float16)
-        features = nothing.expand(1, len(rows), channels, *2 * [config.size // GRID])
-        return _Frames(_gather(rows, features, config.size, []), torch.arange(len(rows)), config)
-
-    origin = ["synthetic", synthetic.VERSION, count, channels]
-    return _train(channels, train_set, config, origin, folder, bfloat16)[0]
-
-
-def _train(channels, train_set, config, origin, folder, bfloat16):
     from helpers import training  # which takes seconds, and who only predicts needs none of it
 
+    settings = Config(**config)
+    positions = np.asarray(positions)
+    rows = training_data.rows.iloc[positions]
+    if "normal" not in set(rows.label):
+        raise ValueError(
+            f"none of these {len(rows)} training images is normal, so whether there is a lesion can't be "
+            "learned; add a set with normal images, such as BUSI"
+        )
+    data.check_classes(rows)
+    size = training_data.pixels.shape[-1]
+    if size != settings.size:
+        raise ValueError(
+            f"the training data are of {size} pixels, the config asks for {settings.size}; prepare them so"
+        )
     device = torch.device(default_device())
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        detector = LesionDetector(channels, config.size, config.depth, config.dropout)
+        torch.manual_seed(settings.seed)
+        detector = LesionDetector(size, settings.depth, settings.dropout)
     detector.start_from_imagenet()
-    learner = _Learner(detector.to(device, memory_format=torch.channels_last), config.smoothing)
-    run = cache.run("detectors", VERSION, config, *origin, bfloat16, path=folder)
-    history = training.fit(learner, lambda: train_set(detector), config, run, mixed=bfloat16)
-    return detector, history
+    learner = _Learner(detector.to(device, memory_format=torch.channels_last), settings.smoothing)
+    run = cache.run("detectors", VERSION, settings, data.signature(rows), bfloat16, path=folder)
+    frames = _Frames(training_data, positions, settings)
+    return detector, training.fit(learner, frames, settings, run, mixed=bfloat16)
 
 
 class _Frames(torch.utils.data.Dataset):
     """The training images in memory; each batch is augmented as a whole."""
 
     def __init__(self, training_data, positions, config):
-        self.data, self.positions = training_data, positions
-        self.augmentations = config.augmentations
-        self.labels = torch.tensor(training_data.rows.label.map(data.LABELS.index).to_numpy())
+        self.pixels, self.lesions = (
+            part[positions, 0].numpy() for part in (training_data.pixels, training_data.lesions)
+        )
+        rows, self.config = training_data.rows.iloc[positions], config
+        with_normals = set(rows.source[rows.label == "normal"])
+        self.asked = rows.source.isin(with_normals).to_numpy()  # of whole frames: is there a lesion?
+        self.malignant = (rows.label == "malignant").to_numpy()
         moved, changed = config.zoom, config.intensity
-        ranges = {"zoom": moved, "shift": moved / 2, "gain": changed, "contrast": changed / 2}
-        self.ranges = augment.Ranges(**ranges, gamma=changed, speckle=changed / 2)
+        ranges = {"zoom": moved, "shift": moved / 2, "aspect": config.aspect, "rotate": 8}
+        ranges |= {"gain": changed, "contrast": changed / 2, "gamma": changed, "depth": changed}
+        self.ranges = augment.Ranges(**ranges, speckle=changed / 2)
 
     def __len__(self):
-        return len(self.positions)
+        return len(self.asked)
 
     def __getitems__(self, places):
-        batch = self.positions[places]
-        drawn = torch.randint(self.augmentations, (len(batch),)), batch
-        pixels, lesions = self.data.pixels[drawn] / 255, self.data.lesions[drawn] / 255
-        features = self.data.features[drawn].float()
-        moved = augment.augment_batch(pixels, features, lesions, ranges=self.ranges)
-        return dict(zip(("pixels", "features", "lesions"), moved), labels=self.labels[batch])
+        rng = np.random.default_rng(int(torch.randint(2**31, ())))
+        seen = [self._window(place, rng) for place in places]
+        pixels, lesions = (
+            torch.from_numpy(np.stack(part)[:, None] / np.float32(255)) for part in list(zip(*seen))[:2]
+        )
+        pixels, lesions = augment.augment_batch(pixels, lesions, ranges=self.ranges)
+        asked = torch.tensor([cut or self.asked[place] for place, (*_, cut) in zip(places, seen)])
+        malignant = torch.from_numpy(self.malignant[places])
+        return {"pixels": pixels, "lesions": lesions, "asked": asked.float(), "malignant": malignant.float()}
 
     def collate(self, batch):
         return batch
+
+    def _window(self, place, rng):
+        """Return pixels and lesions, uint8 (size, size), of an image or a window, and whether it is one."""
+        pixels, lesions = self.pixels[place], self.lesions[place]
+        if rng.random() < self.config.marks:
+            pixels = _write(pixels.copy(), rng)
+        frame, box, kind = _box(pixels), _box(lesions), rng.random()
+        window = None
+        if frame is None:  # all black
+            return pixels, lesions, False
+        if kind < self.config.windows:
+            window = _around(frame, box, rng)
+        elif lesions.any() and kind < self.config.windows + self.config.empty:
+            window = _beside(frame, box, rng)
+        if window is None:
+            return pixels, lesions, False
+        (left, top), (right, bottom) = window
+        cut = np.s_[top:bottom, left:right]
+        return *(_letterbox(part[cut], len(pixels)) for part in (pixels, lesions)), True
+
+
+def _box(array):
+    """Return ((left, top), (right, bottom)), the ends exclusive, of what is not 0; None for nothing."""
+    rows, columns = np.flatnonzero(array.any(1)), np.flatnonzero(array.any(0))
+    if not len(rows):
+        return None
+    return np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]])
+
+
+def _around(frame, box, rng):
+    """Draw a window that holds the box whole; without one, of at least half of each side."""
+    if box is None:
+        sides = (frame[1] - frame[0]) * rng.uniform(0.5, 1, 2)
+        start = frame[0] + (frame[1] - frame[0] - sides) * rng.random(2)
+        box = np.stack([start, start + sides])
+        return box.astype(int)
+    room = np.stack([box[0] - frame[0], frame[1] - box[1]]) * rng.random((2, 2))
+    return (box + room * [[-1], [1]]).round().astype(int)
+
+
+def _beside(frame, box, rng):
+    """Draw a window beside the box, of at least a quarter of each side; None where there is no room."""
+    least = (frame[1] - frame[0]) * 0.35
+    strips = []
+    for axis in (0, 1):
+        for end, (start, stop) in enumerate(((frame[0], box[0]), (box[1], frame[1]))):
+            strip = frame.copy()
+            strip[1 - end, axis] = (start, stop)[1 - end][axis]
+            if (strip[1] - strip[0] >= least).all():
+                strips.append(strip)
+    if not strips:
+        return None
+    strip = strips[rng.integers(len(strips))]
+    sides = strip[1] - strip[0]
+    sides = np.minimum(sides, sides.min() * rng.uniform(0.8, 1.5))  # about as wide as high
+    start = strip[0] + (strip[1] - strip[0] - sides) * rng.random(2)
+    return np.stack([start, start + sides]).astype(int)
+
+
+def _write(pixels, rng):
+    """Write a word, or up to four crosses, on pixels, uint8 (size, size), as operators do."""
+    size, ink = len(pixels), int(rng.integers(150, 256))
+    if rng.random() < 0.5:
+        place = (rng.uniform((0, 0.05), (0.7, 1)) * size).astype(int).tolist()
+        word, scale = str(rng.choice(WORDS)), rng.uniform(0.25, 0.6) * size / 224
+        cv2.putText(pixels, word, place, cv2.FONT_HERSHEY_SIMPLEX, scale, ink, int(rng.integers(1, 3)))
+    else:
+        arm = int(rng.integers(3, 9) * size / 224)
+        for place in rng.integers(0, size, (rng.integers(1, 5), 2)).tolist():
+            cv2.drawMarker(pixels, place, ink, cv2.MARKER_CROSS, arm, 1)
+    return pixels
 
 
 class _Learner(nn.Module):
@@ -322,41 +367,44 @@ class _Learner(nn.Module):
         super().__init__()
         self.detector, self.smoothing = detector, smoothing
 
-    def forward(self, pixels, features, lesions, labels):
-        parts = (part.contiguous(memory_format=torch.channels_last) for part in (pixels, features))
-        lesion_map, classes = (part.float() for part in self.detector(*parts))
+    def forward(self, pixels, lesions, asked, malignant):
+        seen = pixels.contiguous(memory_format=torch.channels_last)
+        lesion_map, answers = (part.float() for part in self.detector(seen))
         truth, share = F.avg_pool2d(lesions, COARSE), torch.sigmoid(lesion_map)
         overlap, areas = (share * truth).sum(), (share**2).sum() + (truth**2).sum()
         dice_loss = 1 - (2 * overlap + 1) / (areas + 1)  # over the batch: many images have no lesion
-        map_loss = dice_loss + F.binary_cross_entropy_with_logits(lesion_map, truth)
-        loss = map_loss + F.cross_entropy(classes, labels, label_smoothing=self.smoothing)
-        return {"loss": loss, "accuracy": (classes.argmax(1) == labels).float().mean()}
+        loss = dice_loss + F.binary_cross_entropy_with_logits(lesion_map, truth)
+        present = (truth.amax((1, 2, 3)) > 0.5).float()
+        weights = torch.stack([asked, present], 1)
+        targets = torch.stack([present, malignant], 1)
+        smooth = targets * (1 - self.smoothing) + self.smoothing / 2
+        each = F.binary_cross_entropy_with_logits(answers, smooth, weights, reduction="none")
+        loss = loss + (each.sum(0) / weights.sum(0).clamp(min=1)).sum()
+        right = ((answers[:, 0] > 0) == (present > 0)).float()
+        return {"loss": loss, "presence": (right * asked).sum() / asked.sum().clamp(min=1)}
 
 
 @torch.inference_mode()
-def predict(detectors: list[LesionDetector], pixels, features, batch_size: int = 16) -> tuple:
-    """Ask detectors together, each for the frame and for its mirror image (with the embedding mirrored).
+def predict(detectors: list[LesionDetector], pixels, batch_size: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Ask detectors together, each for the frame and for its mirror image.
 
     Args:
-        pixels, features: uint8 (N, 1, size, size), float (N, channels, size / 8, size / 8): see `inputs`.
+        pixels: uint8 (N, 1, size, size): see `inputs`.
 
     Returns:
-        float32 arrays (N, size / 4, size / 4) and (N, 3): probability of lesion, and of the classes in the
-        order of `helpers.data.LABELS`; both the mean of all answers.
+        float32 arrays (N, size / 4, size / 4) and (N, 2): probability of lesion, and of `ANSWERS`; both the
+        mean of all answers.
     """
     device = next(detectors[0].parameters()).device
-    maps, classes = [], []
-    for parts in zip(pixels.split(batch_size), features.split(batch_size)):
-        seen, embedded = (
-            torch.cat([part, part.flip(-1)]).float().to(device, memory_format=torch.channels_last)
-            for part in parts
-        )
-        answers = [detector.eval()(seen / 255, embedded) for detector in detectors]
-        map_logits, class_logits = (torch.stack(each) for each in zip(*answers))
+    maps, answers = [], []
+    for part in pixels.split(batch_size):
+        both = torch.cat([part, part.flip(-1)]).float()
+        seen = both.to(device, memory_format=torch.channels_last) / 255
+        map_logits, logits = (torch.stack(each) for each in zip(*[one.eval()(seen) for one in detectors]))
         direct, mirrored = map_logits.sigmoid().mean(0)[:, 0].chunk(2)
         maps.append((direct + mirrored.flip(-1)) / 2)
-        classes.append(torch.stack(class_logits.softmax(-1).mean(0).chunk(2)).mean(0))
-    return torch.cat(maps).cpu().numpy(), torch.cat(classes).cpu().numpy()
+        answers.append(torch.stack(logits.sigmoid().mean(0).chunk(2)).mean(0))
+    return torch.cat(maps).cpu().numpy(), torch.cat(answers).cpu().numpy()
 
 
 def save(detector: LesionDetector, path) -> None:

@@ -1,8 +1,10 @@
-"""From the detectors' classes and the predicted mask to calibrated probabilities and a prediction set.
+"""From the detectors' answers, the predicted mask and the embedding to calibrated probabilities and a set.
 
-Both go as features into a logistic regression, fitted on images that the detector was not trained on: so
-its probabilities are calibrated. Conformal prediction says which classes can't be ruled out: V. Vovk et al.,
-"Algorithmic Learning in a Random World", Springer 2005, with crepes: H. Boström, COPA 2022 (PMLR 179).
+Two logistic regressions, fitted on images that the detectors were not trained on, so that their
+probabilities are calibrated: whether there is a lesion, from the sets that have normal images, and whether
+it is malignant, from the lesions of all sets. Conformal prediction says which classes can't be ruled out:
+V. Vovk et al., "Algorithmic Learning in a Random World", Springer 2005, with crepes: H. Boström, COPA 2022
+(PMLR 179).
 """
 
 import dataclasses
@@ -16,36 +18,51 @@ from helpers import data
 
 SIDE = 256  # pixels of the longest side at which the shape of a mask is taken
 FEATURES = (
-    "log odds of benign to normal",
-    "log odds of malignant to normal",
+    "log odds of presence",
+    "log odds of malignancy",
     "log odds of the peak",
-    "segmented",
     "log area share",
     "solidity",
     "log height to width",
     "circularity",
     "expected Dice",
-)
+)  # and, behind them, the embedding's means in the mask and in the ring around it
+PRESENCE = np.array([0, 2, 3, 7])  # of `FEATURES`: what tells whether there is a lesion
+MALIGNANCY = np.array([1, 3, 4, 5, 6, 7])  # what tells, with the embedding, whether it is malignant
+EMBEDDING_SCALE = 0.1  # of the embedding's means beside the other features: many, so each counts little
+RING = 3  # cells of the embedding
 
 
-def features(detected: np.ndarray, lesion_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Turn a prediction into the features of the logistic regression.
+def features(answers: np.ndarray, lesion_map: np.ndarray, mask: np.ndarray, embedding) -> np.ndarray:
+    """Turn a prediction into the features of the logistic regressions.
 
     Args:
-        detected: (3,) class probabilities of the detectors, in the order of `helpers.data.LABELS`.
+        answers: (2,) probabilities of `helpers.pipeline.detector.ANSWERS`.
         lesion_map: float (H, W), probability of lesion.
         mask: bool (H, W), made of it; may be empty.
+        embedding: of the frame, a `helpers.sam.Embedding` of so many channels.
 
     Returns:
-        float (len(FEATURES),), none in pixels; 0 for what an empty mask leaves undefined, and "segmented".
+        float (len(FEATURES) + 2 * channels,), none in pixels; 0 for what an empty mask leaves undefined.
     """
-    logs = dict(zip(data.LABELS, np.log(np.clip(np.asarray(detected, dtype=float), 1e-4, 1))))
-    peak = np.clip(lesion_map.max(), 1e-4, 1 - 1e-4)
-    shape = np.zeros(6)
+    odds = np.clip([*answers, lesion_map.max()], 1e-4, 1 - 1e-4)
+    shape, pooled = np.zeros(5), np.zeros(2 * embedding.features.shape[0])
     if mask.any():
-        shape[:] = 1, np.log(mask.mean()), *_shape(mask), expected_dice(lesion_map, mask)
-    odds = (logs[label] - logs["normal"] for label in ("benign", "malignant"))
-    return np.array([*odds, np.log(peak / (1 - peak)), *shape])
+        shape[:] = np.log(mask.mean()), *_shape(mask), expected_dice(lesion_map, mask)
+        pooled = _pooled(embedding, mask)
+    return np.concatenate([np.log(odds / (1 - odds)), shape, pooled])
+
+
+def _pooled(embedding, mask):
+    """Return the means of an embedding in a mask, bool (H, W), and in the ring around it, in one row."""
+    known = embedding.features.float().cpu().numpy()
+    scale = max(known.shape[1:]) / max(embedding.resized)
+    height, width = (max(1, round(side * scale)) for side in embedding.resized)  # the rest is padding
+    inside = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    square = np.ones((2 * RING + 1, 2 * RING + 1), np.uint8)
+    weights = np.stack([inside, cv2.dilate(inside, square) - inside]).reshape(2, -1)
+    cells = known[:, :height, :width].reshape(len(known), -1)
+    return (weights @ cells.T / np.maximum(weights.sum(1, keepdims=True), 1e-6)).ravel()
 
 
 def _shape(mask):
@@ -73,25 +90,38 @@ def expected_dice(lesion_map: np.ndarray, mask: np.ndarray) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
+class Regression:
+    """A logistic regression: `weights` (features,), and `bias`."""
+
+    weights: np.ndarray
+    bias: float
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Return the probability (N,) of features (N, features)."""
+        from scipy.special import expit
+
+        return expit(features @ self.weights + self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """A fitted logistic regression with its conformal calibration.
+    """Presence and malignancy, joined, with their conformal calibration.
 
     Attributes:
-        weights: float (3, len(FEATURES)), one row per class of `helpers.data.LABELS`.
-        bias: float (3,).
+        presence: of a lesion, by the features `PRESENCE`.
+        malignancy: of a lesion that is there, by the features `MALIGNANCY` and the embedding's means.
         nonconformity: dict from class to the nonconformity scores (1 - probability of the true class) of its
             calibration images, given by fits that were not trained on them.
     """
 
-    weights: np.ndarray
-    bias: np.ndarray
+    presence: Regression
+    malignancy: Regression
     nonconformity: dict
 
     def predict(self, features: np.ndarray) -> np.ndarray:
-        """Return class probabilities, float (N, 3), of features (N, len(FEATURES))."""
-        from scipy.special import softmax
-
-        return softmax(np.asarray(features) @ self.weights.T + self.bias, axis=1)
+        """Return class probabilities, float (N, 3) in the order of `helpers.data.LABELS`, of `features`."""
+        parts = zip((self.presence, self.malignancy), _columns(np.asarray(features)))
+        return _joined(*(regression.predict(part) for regression, part in parts))
 
     @functools.cached_property
     def _conformal(self):
@@ -114,31 +144,60 @@ class Diagnosis:
         return np.hstack(p_values) >= 1 - coverage
 
 
+def _columns(features):
+    """Return what the two regressions see of features (N, len(FEATURES) + 2 * channels)."""
+    return features[:, PRESENCE], np.hstack([features[:, MALIGNANCY], features[:, len(FEATURES) :]])
+
+
+def _joined(present, malignant):
+    """Return (N, 3), in the order of `LABELS`, of the probabilities of a lesion and of malignancy, (N,)."""
+    shares = {"normal": 1 - present, "benign": present * (1 - malignant), "malignant": present * malignant}
+    return np.stack([shares[label] for label in data.LABELS], axis=1)
+
+
 def fit(features: np.ndarray, rows: pd.DataFrame) -> tuple[Diagnosis, np.ndarray]:
     """Fit a diagnosis on out-of-fold predictions.
 
     Args:
-        features: float (N, len(FEATURES)), each from a detector that was not trained on the image.
-        rows: the N rows of an index; ValueError where a class has fewer than two groups.
+        features: float (N, len(FEATURES) + 2 * channels), each from a detector that was not trained on the
+            image.
+        rows: the N rows of an index, or of several; ValueError where a class has fewer than two groups.
 
     Returns:
-        The diagnosis, and probabilities (N, 3) of the very rows, each from a fit without the row's group.
+        The diagnosis, and probabilities (N, 3) of the very rows, each from fits without the row's group.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     data.check_classes(rows)
     groups = rows.groupby("label").group.nunique()
     if groups.min() < 2:
         raise ValueError(f"a diagnosis needs 2 groups of each class; there are {groups.to_dict()}")
-    truth = np.array([data.LABELS.index(label) for label in rows.label])
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, max_iter=1000))
-    folds = StratifiedGroupKFold(min(5, groups.min()), shuffle=True, random_state=0)
-    how = {"groups": rows.group, "cv": folds, "method": "predict_proba"}
-    held_out = cross_val_predict(classifier, features, truth, **how)
-    scaler, logistic = classifier.fit(features, truth)
-    weights = logistic.coef_ / scaler.scale_
+    lesion = (rows.label != "normal").to_numpy()
+    with_normals = rows.source.isin(rows.source[~lesion]).to_numpy()
+    seen, more = _columns(features)
+    presence, present = _fit(seen, lesion, with_normals, rows, np.ones(seen.shape[1]))
+    scale = np.where(np.arange(more.shape[1]) < len(MALIGNANCY), 1, EMBEDDING_SCALE)
+    malignancy, malignant = _fit(more, (rows.label == "malignant").to_numpy(), lesion, rows, scale)
+    held_out = _joined(present, malignant)
+    truth = rows.label.map(data.LABELS.index).to_numpy()
     scores = {label: np.sort(1 - held_out[truth == k, k]) for k, label in enumerate(data.LABELS)}
-    return Diagnosis(weights, logistic.intercept_ - weights @ scaler.mean_, scores), held_out
+    return Diagnosis(presence, malignancy, scores), held_out
+
+
+def _fit(features, truth, known, rows, scale):
+    """Fit a regression on the `known` rows; return it, and the probability (N,) of fits without the group."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features[known])
+    standard = scaler.transform(features) * scale
+    classifier = LogisticRegression(C=0.3, max_iter=1000)
+    groups = (rows.source + rows.group)[known]
+    smaller = groups.groupby(truth[known]).nunique().min()
+    folds = StratifiedGroupKFold(min(5, smaller), shuffle=True, random_state=0)
+    how = {"groups": groups, "cv": folds, "method": "predict_proba"}
+    held_out = np.empty(len(rows))
+    held_out[known] = cross_val_predict(classifier, standard[known], truth[known], **how)[:, 1]
+    logistic = classifier.fit(standard[known], truth[known])
+    held_out[~known] = logistic.predict_proba(standard[~known])[:, 1] if not known.all() else []
+    weights = logistic.coef_[0] * scale / scaler.scale_
+    return Regression(weights, float(logistic.intercept_[0] - weights @ scaler.mean_)), held_out

@@ -22,10 +22,10 @@ CAUSES = {
 }
 
 
-def predict(pipeline, rows: pd.DataFrame, embeddings: dict | None = None, mirror=False) -> dict:
+def predict(pipeline, rows: pd.DataFrame, embeddings: dict | None = None) -> dict:
     """Segment and classify the images of an index with a `helpers.pipeline.Pipeline`.
 
-    `embeddings` are by image_id, where they are at hand; `mirror` is as for `Pipeline.segment`.
+    `embeddings` are by image_id, where they are at hand.
 
     Returns:
         By image_id helpers.pipeline.Finding: the `findings` of all other functions here.
@@ -33,7 +33,7 @@ def predict(pipeline, rows: pd.DataFrame, embeddings: dict | None = None, mirror
     findings = {}
     for row in tqdm(list(rows.itertuples()), "pipeline", unit="image", file=sys.stdout):
         image, embedding = data.read_image(row.image_path), embeddings and embeddings[row.image_id]
-        findings[row.image_id] = pipeline.segment(image, embedding, mirror)
+        findings[row.image_id] = pipeline.segment(image, embedding)
     return findings
 
 
@@ -81,15 +81,48 @@ def detection_summary(found: pd.DataFrame) -> dict[str, float]:
     return summed
 
 
+def lesion_summary(rows: pd.DataFrame, findings: dict) -> dict[str, float]:
+    """Return `nothing_segmented`, `malignant_auc` and `decided` of the lesion images, and `normals_marked`.
+
+    `malignant_auc` ranks them by the probability of malignant among benign and malignant; `decided` is the
+    share with one class in the prediction set. What the images can't tell is left out.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    empty = np.array([not findings[name].masks for name in rows.image_id])
+    lesion, malignant = (rows.label != "normal").to_numpy(), (rows.label == "malignant").to_numpy()
+    summed = {}
+    if not lesion.all():
+        summed["normals_marked"] = float(1 - empty[~lesion].mean())
+    if lesion.any():
+        summed["nothing_segmented"] = float(empty[lesion].mean())
+        sets = [findings[name].prediction_set for name in rows.image_id[lesion]]
+        summed["decided"] = float(np.mean([len(kept) == 1 for kept in sets]))
+        if len(set(malignant[lesion])) == 2:
+            score = malignancy({name: findings[name] for name in rows.image_id[lesion]})
+            summed["malignant_auc"] = float(roc_auc_score(malignant[lesion], score))
+    return summed
+
+
+def malignancy(findings: dict) -> np.ndarray:
+    """Return the probability (N,) of malignant, were there a lesion, of findings."""
+    _, benign, malignant = class_probabilities(findings).T
+    return malignant / (benign + malignant)
+
+
 def record(recorder, pipeline, findings: dict, scores: pd.DataFrame, seconds: float) -> list[Path]:
     """Write the result files of a pipeline, its segmentation and its classification.
 
+    The key is "pipeline" for one trained on two hospitals, as the package's is, else "pipeline-alone".
     `recorder` is a `helpers.results.Recorder` of the rows of the findings, whose prediction took `seconds`;
     `scores` are from `helpers.metrics.score` of their masks.
     """
+    alone = len(pipeline.card["trained_on"]) == 1
     training = {name: value for name, value in pipeline.card.items() if name != "trained_on"}
-    counts = detection_summary(detection(recorder.rows, findings))
+    counts = detection_summary(detection(recorder.rows, findings)) | lesion_summary(recorder.rows, findings)
     about = {"key": "pipeline", "title": "automatic pipeline", "seconds": seconds}
+    if alone:
+        about |= {"key": "pipeline-alone", "title": f"automatic pipeline, {pipeline.card['data']} alone"}
     about["details"] = {"detection": counts, "training": training}
     first = recorder.segmentation(scores, prompt="predicted box", **about)
     classes = class_probabilities(findings)

@@ -4,42 +4,41 @@ Four detectors, each trained without another of the four folds, which it then pr
 out-of-fold predictions the rules are chosen and the diagnosis is fitted, so nothing is calibrated on
 training images, and no image is spent on validation alone. A new image is predicted by the four together.
 
-`python -m helpers.pipeline.train`, which is `make pipeline`, does it once for each test fold of BUSI.
+`make pipeline` (results/make_pipelines.py) trains those that the package ships, and scores them.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 
-from helpers import cache, data, metrics, pipeline, results, sam
-from helpers.pipeline import detector, diagnosis, evaluate
-from helpers.sam.embeddings import embed_rows
+from helpers import data, metrics, pipeline, sam
+from helpers.pipeline import detector, diagnosis
 
 # The values that are tried for each rule, one rule after the other.
 GRID = {"threshold": (0.5, 0.4, 0.3), "peak_share": (0.5, 0.3), "margin": (0.01, 0.0, 0.02)}
-NORMAL = np.linspace(0.2, 0.9, 15)  # the values that are tried for the rule `normal`
-MISS = 2  # how many false alarms a missed lesion weighs
+TRIED_ON = 300  # lesion images at most, spread over all
+SENSITIVITY = 0.95  # share of lesion images that the presence threshold keeps, out-of-fold
 CARD = """# Automatic pipeline for breast ultrasound
 
 From a B-mode frame to lesion masks and the probabilities of normal, benign and malignant. A research
 tool: no medical device, and never the ground for a decision about a patient.
 
 - **Parts**: {detectors} detectors (`detector-*.safetensors`, float16), and in `pipeline.json` the rules that
-  turn their lesion map into boxes, a logistic regression with its conformal calibration, and the names of
-  the training images. The masks come from {segmenter}, which is not in this folder.
-- **Trained on** {training_images} images of {data} ({classes}), data signature
-  {training_signature}: all folds but {test_fold}. Each detector started from EfficientNet-Lite0 (ImageNet)
-  and was pretrained on {pretrain_images} synthetic images per class. The training data of {segmenter}
-  very probably contain BUSI.
-- **Out-of-fold**, on the images that rules and diagnosis were fitted on, one per group:
-  Dice {lesion_dice:.3f} on lesion images, accuracy {accuracy:.3f}, calibration error {calibration_error:.3f}.
-  Each detector predicts alone there; in use their mean counts. For the test fold see `results/`.
-- **Limits**: one hospital, no patient ids; lymph nodes of the axilla come out worst; it was not trained on
-  colour Doppler, and warns of it.
+  turn their lesion map into boxes, two logistic regressions (is there a lesion; is it malignant) with their
+  conformal calibration, and the names of the training images. The masks come from {segmenter}, which is
+  not in this folder.
+- **Trained on** {training_images} images of {data} ({classes}),
+  data signature {training_signature}: {left_out}. Each detector started from
+  EfficientNet-Lite0 (ImageNet). The training data of {segmenter} very probably contain BUSI.
+- **Out-of-fold**, on the images that rules and regressions were fitted on, one per group: {validation}.
+  Each detector predicts alone there; in use their mean counts. For the test folds see `results/`.
+- **Presence**: the threshold is set for a sensitivity of {sensitivity:.0%} out-of-fold. Only BUSI has normal
+  images. Does the probability of a lesion tell the hospital? Of two lesion images, one of each set, it is
+  higher for BUSI's in this share of the pairs (50 % would tell nothing): {source_auc}.
+- **Limits**: two hospitals at most, BUSI without patient ids; lymph nodes of the axilla come out worst; it
+  was not trained on colour Doppler, and warns of it.
 - **Made by** `make pipeline`; training the detectors took {minutes:.0f} minutes in all.
 """
 
@@ -56,64 +55,95 @@ def fit(
 
     Args:
         segmenter: whose boxes the detectors will propose.
-        training_data: of rows from `helpers.data.split`; those of the test fold are passed over.
+        training_data: of rows with a `fold`, as from `helpers.data.split`, of one source or several. Those
+            of the test fold are passed over; each detector is trained on those of a negative fold.
         embeddings: dict from image_id to the embedding of each row's own image.
         fold: the test fold.
         folder: for runs; "" is `helpers.cache.folder()`.
         config: the fields of `helpers.pipeline.detector.Config`.
 
     Returns:
-        The pipeline; one row per image outside the test fold, predicted out-of-fold: `image_id`, `label`,
-        `group`, `fold`, `dice`, `confidence` (of the largest lesion), and the calibrated `normal`, `benign`,
+        The pipeline; one row per image that was predicted out-of-fold: `image_id`, `label`, `group`,
+        `source`, `fold`, `dice`, `confidence` (of the largest lesion), and the calibrated `normal`, `benign`,
         `malignant`; and the training history with the column `held_out`.
+
+    Raises:
+        ValueError: no training image is normal, or a class is lacking.
     """
     rows = training_data.rows
     detectors, histories, detected = [], [], {}
-    mixed, pixels, features = segmenter.precision == "bfloat16", training_data.pixels, training_data.features
-    for held_out in sorted(set(rows.fold) - {fold}):
+    mixed, pixels = segmenter.precision == "bfloat16", training_data.pixels
+    for held_out in sorted(set(rows.fold[rows.fold >= 0]) - {fold}):
         picked = np.flatnonzero(~rows.fold.isin((fold, held_out)))
         member, history = detector.fit(training_data, picked, folder, mixed, **config)
         detectors.append(member)
         histories.append(history.assign(held_out=held_out))
         unseen = np.flatnonzero(rows.fold == held_out)
-        predicted = detector.predict([member], pixels[0, unseen], features[0, unseen])
-        detected |= dict(zip(rows.image_id[unseen], zip(*predicted)))
+        detected |= dict(zip(rows.image_id[unseen], zip(*detector.predict([member], pixels[unseen]))))
     training = rows[rows.fold != fold].reset_index(drop=True)
-    scored = training.drop_duplicates("group").reset_index(drop=True)
-    rules, _ = choose_rules(segmenter, scored, detected, embeddings)
-    features, dice, confidence = _apply_rules(segmenter, training, detected, embeddings, rules)
-    classifier, probabilities = diagnosis.fit(features, training)
-    normal = probabilities[:, data.LABELS.index("normal")]
-    rules = dataclasses.replace(rules, normal=choose_normal(training.label, dice, normal))
-    predicted = training[["image_id", "label", "group", "fold"]].copy()
-    predicted[["dice", "confidence", *data.LABELS]] = np.c_[dice, confidence, probabilities]
-    scored = predicted.drop_duplicates("group")
-    classes = metrics.classification(scored[list(data.LABELS)].to_numpy(), scored.label.to_numpy())
-    validation = {"lesion_dice": data.lesions(scored).dice.mean()}
-    validation |= {name: classes[name] for name in ("accuracy", "calibration_error")}
+    predicted = training[training.image_id.isin(detected)].reset_index(drop=True)
+    rules, _ = choose_rules(segmenter, predicted.drop_duplicates(["source", "group"]), detected, embeddings)
+    features, dice, confidence = _apply_rules(segmenter, predicted, detected, embeddings, rules)
+    classifier, probabilities = diagnosis.fit(features, predicted)
+    columns = ["image_id", "label", "group", "source", "fold"]
+    predicted = predicted[columns].assign(dice=dice, confidence=confidence)
+    predicted[list(data.LABELS)] = probabilities
+    scored = predicted.drop_duplicates(["source", "group"])
+    presence = choose_presence(scored)
+    rules = dataclasses.replace(rules, presence=presence)
     history = pd.concat(histories, ignore_index=True)
     card = {
-        "data": rows.source.iloc[0],
+        "data": " and ".join(rows.source.unique()),
         "test_fold": fold,
         "training_images": len(training),
         "training_signature": data.signature(training),
-        "trained_on": sorted(training.image_id),
-        "validation": {name: round(float(value), 5) for name, value in validation.items()},
+        "trained_on": {source: sorted(part.image_id) for source, part in training.groupby("source")},
+        "validation": validation(scored, presence),
         "config": dataclasses.asdict(detector.Config(**config)),
         "seconds": round(float(history.seconds.sum()), 1),
     }
     return pipeline.Pipeline(segmenter, detectors, classifier, rules, card), predicted, history
 
 
+def validation(scored: pd.DataFrame, presence: float) -> dict[str, dict[str, float]]:
+    """Score out-of-fold predictions of `fit`, one per group, by source.
+
+    Returns:
+        dict from source to `lesion_dice`, `malignant_auc` (on lesion images), `presence_sensitivity` and,
+        where the source has normal images, `normals_marked`, `accuracy` and `calibration_error`. With two
+        sources there is `source_auc` too, by name: the share of pairs of lesion images, one of each, of which
+        the first source's is more probably a lesion.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    found, lesion = {}, data.lesions(scored).assign(present=lambda rows: 1 - rows.normal)
+    for source, part in scored.groupby("source", sort=False):
+        own = lesion[lesion.source == source]
+        share = own.malignant / own.present
+        measures = {"lesion_dice": own.dice.mean(), "presence_sensitivity": (own.present >= presence).mean()}
+        measures["malignant_auc"] = roc_auc_score(own.label == "malignant", share)
+        normal = part[part.label == "normal"]
+        if len(normal):
+            classes = metrics.classification(part[list(data.LABELS)].to_numpy(), part.label.to_numpy())
+            measures["normals_marked"] = (1 - normal.normal >= presence).mean()
+            measures |= {name: classes[name] for name in ("accuracy", "calibration_error")}
+        found[source] = {name: round(float(value), 5) for name, value in measures.items()}
+    if len(found) == 2:
+        first = lesion.source == next(iter(found))
+        found["pairs"] = {"source_auc": round(float(roc_auc_score(first, lesion.present)), 5)}
+    return found
+
+
 def choose_rules(segmenter, rows, detected, embeddings):
     """Try the values of `GRID`, one rule after the other; keep the highest mean Dice of lesion images.
 
-    `detected` is a dict from image_id to lesion map (size, size) and class probabilities (3,). Returns the
-    Rules, and a DataFrame: each `rule` and `value` that was tried with its `dice`.
+    `detected` is a dict from image_id to lesion map (size / 4, size / 4) and answers (2,). Returns the Rules,
+    and a DataFrame: each `rule` and `value` that was tried with its `dice`.
     """
     rules, tried, known = pipeline.Rules(), [], {}
-    truths = {row.image_id: data.read_truth(row) for row in data.lesions(rows).itertuples()}
-    maps = {name: cv2.resize(detected[name][0], truth.shape[::-1]) for name, truth in truths.items()}
+    lesions = data.spread(data.lesions(rows), TRIED_ON)
+    truths = {row.image_id: data.read_truth(row) for row in lesions.itertuples()}
+    maps = {name: detector.to_frame(detected[name][0], truth.shape) for name, truth in truths.items()}
     for rule, values in GRID.items():
         scores = {}
         for value in values:
@@ -131,27 +161,24 @@ def choose_rules(segmenter, rows, detected, embeddings):
     return rules, pd.DataFrame(tried)
 
 
-def choose_normal(labels, dice: np.ndarray, normal: np.ndarray) -> float:
-    """Return the probability of "normal" above which no lesion is segmented.
+def choose_presence(scored: pd.DataFrame) -> float:
+    """Return the probability of a lesion that `SENSITIVITY` of the lesion images reach.
 
-    It weighs the Dice of lesion images, `MISS` times, against false alarms on normal images. All arguments
-    are (N,): the classes, the Dice of the masks, and the probability of "normal".
+    They are those of the sources with normal images, of predictions (`source`, `label`, `normal`).
     """
-    truly = np.asarray(labels) == "normal"
-    scores = [
-        np.where(truly, normal > level, np.where(normal > level, 0, MISS * dice)).mean() for level in NORMAL
-    ]
-    return float(round(NORMAL[int(np.argmax(scores))], 4))
+    with_normals = scored.source.isin(scored.source[scored.label == "normal"])
+    present = 1 - data.lesions(scored[with_normals]).normal
+    return float(np.floor(present.quantile(1 - SENSITIVITY) * 1e4) / 1e4)
 
 
 def _apply_rules(segmenter, rows, detected, embeddings, rules):
-    """Return features (N, len(FEATURES)), Dice (N,) and confidence (N,) of out-of-fold predictions."""
+    """Return the features of the diagnosis, Dice and confidence, each (N, ...), out-of-fold."""
     features, dice, confidence = [], [], []
     for row in rows.itertuples():
-        truth, (lesion_map, classes) = data.read_truth(row), detected[row.image_id]
-        lesion_map = cv2.resize(lesion_map, truth.shape[::-1])
+        truth, (lesion_map, answers) = data.read_truth(row), detected[row.image_id]
+        lesion_map = detector.to_frame(lesion_map, truth.shape)
         _, masks, probability, found = pipeline.segment_map(
-            segmenter, embeddings[row.image_id], lesion_map, classes, rules
+            segmenter, embeddings[row.image_id], lesion_map, answers, rules
         )
         features.append(found)
         dice.append(_dice(masks, truth) if truth.any() else 0.0)
@@ -164,47 +191,26 @@ def _dice(masks, truth):
     return float(metrics.segmentation(mask, truth, surface=False)["dice"])
 
 
-def model_card(built, rows):
+def model_card(built: pipeline.Pipeline, rows: pd.DataFrame) -> str:
     """Return the model card of a pipeline from `fit`, Markdown; `rows` are those that it was given."""
     card = built.card
-    counts = rows[rows.image_id.isin(card["trained_on"])].label.value_counts()
+    training = rows[rows.fold != card["test_fold"]]
+    lost = rows[rows.fold == card["test_fold"]].source.unique()
+    measures = dict(card["validation"])
+    pairs = measures.pop("pairs", {"source_auc": None})["source_auc"]
+    texts = (
+        f"{source}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in part.items())
+        for source, part in measures.items()
+    )
+    counts = training.label.value_counts()
     return CARD.format(
-        **card | card["validation"],
+        **{name: card[name] for name in ("training_images", "data", "training_signature")},
         detectors=len(built.detectors),
         segmenter=built.segmenter.title,
         classes=", ".join(f"{counts[label]} {label}" for label in data.LABELS),
-        pretrain_images=card["config"]["pretrain_images"],
+        left_out=f"fold {card['test_fold']} of {' and of '.join(lost)} was left out",
+        validation="; ".join(texts),
+        sensitivity=SENSITIVITY,
+        source_auc="it was trained on one set alone" if pairs is None else f"{pairs:.0%}",
         minutes=card["seconds"] / 60,
     )
-
-
-def main(arguments=None):
-    """Train a pipeline without each fold of BUSI, save the first, and score each on its test fold once."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.pipeline.train", description=main.__doc__)
-    parser.add_argument("--folds", nargs="+", type=int, default=list(range(data.N_FOLDS)))
-    parser.add_argument("--out", type=Path, default=pipeline.WEIGHTS, help="folder for the first")
-    parser.add_argument("--results", default="", help="folder for result files")
-    parser.add_argument("--cache", default="", help="folder for embeddings and finished detectors")
-    options = parser.parse_args(arguments)
-    index = data.load_index()
-    segmenter = sam.load("lite-medsam", precision="auto")
-    results.banner(index, 0, segmenter.device)
-    rows, config = data.split(index), detector.Config()
-    embeddings = embed_rows(segmenter, rows, options.cache)
-    training_data = detector.prepare(segmenter, rows, options.cache, config.augmentations, config.size)
-    for fold in options.folds:
-        built, _, _ = fit(segmenter, training_data, embeddings, fold, options.cache)
-        print(f"fold {fold} held out: {built.card['validation']}")
-        if fold == options.folds[0]:
-            built.save(options.out)
-            cache.write(options.out / "README.md", model_card(built, rows))
-        test = data.scored(data.split(index, fold), "test")
-        findings, seconds = results.timed(evaluate.predict, built, test, embeddings)
-        scores = metrics.score(test, evaluate.masks(findings))
-        recorder = results.Recorder(test, 0, fold, segmenter.device, options.results)
-        for file in evaluate.record(recorder, built, findings, scores, seconds):
-            print(file)
-
-
-if __name__ == "__main__":
-    main()

@@ -77,9 +77,10 @@ def growth(count):
     segmenter = sam.load("tiny", "cpu")
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
     nonconformity = {label: np.linspace(0, 1, 40) for label in data.LABELS}
-    zeros = np.zeros((3, len(diagnosis.FEATURES)))
-    classifier = diagnosis.Diagnosis(zeros, np.zeros(3), nonconformity)
-    pipe = pipeline.Pipeline(segmenter, [detector.LesionDetector(channels, 64, 8)], classifier)
+    widths = len(diagnosis.PRESENCE), len(diagnosis.MALIGNANCY) + 2 * channels
+    regressions = [diagnosis.Regression(np.zeros(width), 0.0) for width in widths]
+    classifier = diagnosis.Diagnosis(*regressions, nonconformity)
+    pipe = pipeline.Pipeline(segmenter, [detector.LesionDetector(64, 8)], classifier)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         rng = np.random.default_rng(0)
