@@ -38,11 +38,11 @@ def main_table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def lesions_figure(root: str, limit=48) -> plt.Figure:
-    """Draw four lesions of BUS-BRA with the package's pipeline: the 20th to 80th percentile of Dice.
+    """Draw four lesions of BUS-BRA with the pipeline of BUSI alone: the 20th to 80th percentile of Dice.
 
     `root` is BUS-BRA's folder; of its images, `limit` go through the pipeline, spread over the set.
     """
-    pipe, rows = pipeline.load(), data.spread(data.load_busbra(root), limit)
+    pipe, rows = pipeline.load(pipeline.BUSI_ALONE), data.spread(data.load_busbra(root), limit)
     found = {row.image_id: pipe.segment(data.read_image(row.image_path)).mask for row in rows.itertuples()}
     scores = metrics.score(rows, found).sort_values("dice").set_index("image_id")
     figure, cells = plt.subplots(1, 4, figsize=(13, 3.3), layout="constrained")
@@ -55,26 +55,35 @@ def lesions_figure(root: str, limit=48) -> plt.Figure:
     return figure
 
 
+SHARES = {
+    "Dice": ("lesions_dice", ".3f"),
+    "Lesions found": ("sensitivity", ".0%"),
+    "Nothing segmented": ("nothing_segmented", ".1%"),
+}
+FOLDS = {
+    "BUSI": SHARES
+    | {
+        "Normal images marked": ("normals_marked", ".0%"),
+        "Accuracy": ("all_accuracy", ".3f"),
+        "Malignant sensitivity": ("all_sensitivity", ".3f"),
+        "Calibration error": ("all_calibration_error", ".3f"),
+    },
+    "BUS-BRA": SHARES | {"Malignant AUC": ("malignant_auc", ".3f"), "Decided": ("decided", ".0%")},
+}
+
+
 def folds_table(results: pd.DataFrame, source="BUSI") -> pd.DataFrame:
     """Show the pipeline on each test fold, each time trained without it, and the mean over the folds.
 
     Args:
         results: DataFrame from `load_all`.
-        source: as for `select`.
+        source: as for `select`; one without columns in `FOLDS` has those of BUSI.
 
     Returns:
         DataFrame of text, one row per fold that was scored, and with all five their mean: test fold, and
-        on it mean Dice of lesion images, lesions found, false alarms per normal image,
-        accuracy, malignant sensitivity and calibration error.
+        on it the columns of `FOLDS`.
     """
-    columns = {
-        "Dice": ("lesions_dice", ".3f"),
-        "Lesions found": ("sensitivity", ".0%"),
-        "False alarms per normal image": ("false_alarms_per_normal_image", ".2f"),
-        "Accuracy": ("all_accuracy", ".3f"),
-        "Malignant sensitivity": ("all_sensitivity", ".3f"),
-        "Calibration error": ("all_calibration_error", ".3f"),
-    }
+    columns = FOLDS.get(source, FOLDS["BUSI"])
     wanted = {"key": "pipeline", "seed": 0, "source": source, "split": "grouped"}
     rows = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     rows = rows[rows.images == rows.groupby("fold").images.transform("max")]
@@ -87,6 +96,17 @@ def folds_table(results: pd.DataFrame, source="BUSI") -> pd.DataFrame:
         title: [_text(value, digits) for value in folds[name]] for title, (name, digits) in columns.items()
     }
     return pd.DataFrame({"Test fold": folds.index.astype(str)} | texts)
+
+
+def external_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Show what pipelines score on a set that no part of them has seen: one row per result, as text."""
+    rows = results[(results.split == "external") & (results.task == "segmentation")]
+    columns = {"Model": rows.title, "Tested on": rows.source, "Images": rows.images.astype(str)}
+    values = rows[["lesions_dice", "lesions_dice_low", "lesions_dice_high"]].itertuples(index=False)
+    columns["Dice"] = [interval_text(*value) for value in values]
+    for title, (name, digits) in list(FOLDS["BUS-BRA"].items())[1:]:
+        columns[title] = [_text(value, digits) for value in rows.reindex(columns=[name])[name]]
+    return pd.DataFrame(columns)
 
 
 def ablation_table() -> pd.DataFrame:
@@ -153,6 +173,8 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "published": beside_published(select(results)),
         "leakage": leakage_table(results),
         "folds": folds_table(results),
+        "patients": folds_table(results, "BUS-BRA"),
+        "external": external_table(results),
         "ablation": ablation_table(),
         "tuned": tuned_table(),
     }

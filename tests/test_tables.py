@@ -142,7 +142,7 @@ def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_pat
         rows = data.split(index, fold).groupby("label").head(2)
         scores = metrics.score(rows, prompts.empty_masks(rows))
         scores.loc[scores.label != "normal", "dice"] = 0.5 + fold / 10
-        found = {"sensitivity": 0.8, "false_alarms_per_normal_image": 0.25}
+        found = {"sensitivity": 0.8, "nothing_segmented": 0.02, "normals_marked": 0.25}
         record, about = results.Recorder(rows, fold=fold, path=tmp_path), {"key": "pipeline"}
         about |= {"title": f"pipeline of fold {fold}"}
         record.segmentation(scores, prompt="predicted box", details={"detection": found}, **about)
@@ -153,8 +153,27 @@ def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_pat
     assert table["Test fold"].tolist() == ["0", "1", "2", "3", "4", "mean"]
     assert table.Dice.tolist() == ["0.500", "0.600", "0.700", "0.800", "0.900", "0.700"]
     assert table["Lesions found"].iloc[-1] == "80%"
-    assert table["False alarms per normal image"].iloc[-1] == "0.25"
+    assert table["Nothing segmented"].iloc[-1] == "2.0%"
+    assert table["Normal images marked"].iloc[-1] == "25%"
     assert table.Accuracy.iloc[-1] == "1.000"
+
+
+def test_external_rows_have_a_table_of_their_own(index, tmp_path):
+    rows = data.split(index).groupby("label").head(2).assign(split="external", source="elsewhere")
+    scores = metrics.score(rows, prompts.empty_masks(rows))
+    found = {"sensitivity": 0.75, "nothing_segmented": 0.025, "malignant_auc": 0.8123}
+    about = {"title": "pipeline", "prompt": "predicted box", "details": {"detection": found}}
+    results.Recorder(rows, path=tmp_path).segmentation(scores, key="pipeline-alone", **about)
+    results.Recorder(rows.assign(split="grouped"), path=tmp_path).segmentation(scores, key="other", **about)
+    (line,) = make_tables.external_table(results.load_all(tmp_path)).to_dict("records")
+    assert (line["Model"], line["Tested on"], line["Images"]) == ("pipeline", "elsewhere", "6")
+    assert line["Dice"] == "0.000 [0.000, 0.000]"
+    assert [line[name] for name in ("Lesions found", "Nothing segmented", "Malignant AUC", "Decided")] == [
+        "75%",
+        "2.5%",
+        "0.812",
+        "",
+    ]
 
 
 def test_markdown_is_a_table():

@@ -1,0 +1,85 @@
+"""Train the automatic pipelines and score them: `make pipeline`, about four hours on 2 cores.
+
+Three kinds, each from cached embeddings:
+
+- `alone`: BUSI without fold 0, saved as `helpers.pipeline.BUSI_ALONE`; scored on BUSI's fold 0 and, as the
+  external test, on all of BUS-BRA.
+- `ship`: BUSI without fold 0 and all of BUS-BRA, saved as `helpers.pipeline.WEIGHTS`; scored on BUSI's fold 0
+  alone.
+- `both`: BUSI and BUS-BRA, each without the fold, for all five folds; scored on that fold of each.
+
+The protocol: what a test fold or the external set scores is read once, by this script. The detector's config
+was chosen on BUSI's fold 1 and BUS-BRA's first fold; thresholds, rules and regressions of a pipeline on its
+own out-of-fold predictions. BUS-BRA's folds are its authors', by patient.
+"""
+
+import argparse
+import os
+
+import pandas as pd
+
+from helpers import cache, data, metrics, pipeline, results, sam
+from helpers.pipeline import detector, evaluate, train
+from helpers.sam.embeddings import embed_rows
+
+EPOCHS = {"alone": 16, "ship": 12, "both": 10}  # fewer passes over more images
+FOLDERS = {"alone": pipeline.BUSI_ALONE, "ship": pipeline.WEIGHTS}
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kinds", nargs="+", choices=EPOCHS, default=list(EPOCHS))
+    parser.add_argument("--folds", nargs="+", type=int, default=list(range(data.N_FOLDS)), help="of `both`")
+    parser.add_argument("--results", default="results", help="folder for result files")
+    parser.add_argument("--cache", default="", help="folder for embeddings and finished detectors")
+    options = parser.parse_args(arguments)
+    busi = data.split(data.load_index())
+    if not os.environ.get("BUSBRA_DIR"):
+        parser.error("BUSBRA_DIR is not set; name the folder of BUS-BRA (doi 10.5281/zenodo.8231412)")
+    busbra = data.split(data.load_busbra(os.environ["BUSBRA_DIR"]))
+    segmenter = sam.load("lite-medsam", precision="auto")
+    results.banner(busi, 0, segmenter.device)
+    both = pd.concat([busi, busbra], ignore_index=True)
+    embeddings = embed_rows(segmenter, both, options.cache)
+    for kind in options.kinds:
+        rows = {"alone": busi, "ship": for_shipping(both), "both": both}[kind]
+        training_data = detector.prepare(rows)
+        for fold in options.folds if kind == "both" else [0]:
+            built, _, _ = train.fit(
+                segmenter, training_data, embeddings, fold, options.cache, epochs=EPOCHS[kind]
+            )
+            print(f"{kind}, fold {fold} held out: {built.card['validation']}", flush=True)
+            if kind in FOLDERS:
+                built.save(FOLDERS[kind])
+                cache.write(FOLDERS[kind] / "README.md", train.model_card(built, rows))
+            for test in held_out(kind, fold, busi, busbra):
+                score(built, test, fold, embeddings, options.results)
+
+
+def for_shipping(both: pd.DataFrame) -> pd.DataFrame:
+    """Give BUS-BRA's first fold the number -1: each detector is trained on it, for no fold is left out."""
+    return both.assign(fold=both.fold.mask((both.source == "BUS-BRA") & (both.fold == 0), -1))
+
+
+def held_out(kind: str, fold: int, busi: pd.DataFrame, busbra: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the sets of rows that a pipeline of a kind is scored on."""
+    at_home = data.scored(data.split(busi, fold), "test")
+    if kind == "alone":
+        return [at_home, busbra.assign(split="external")]
+    # What the package ships is scored on BUSI's fold 0 itself, so `both` leaves that out.
+    away = busbra[busbra.fold == fold].reset_index(drop=True)
+    return [at_home] if kind == "ship" else [away] if fold == 0 else [at_home, away]
+
+
+def score(built: pipeline.Pipeline, rows: pd.DataFrame, fold: int, embeddings: dict, folder: str) -> None:
+    """Score a pipeline on rows that no part of it has seen, and write its result files."""
+    built.check_unseen(rows)
+    findings, seconds = results.timed(evaluate.predict, built, rows, embeddings)
+    scores = metrics.score(rows, evaluate.masks(findings))
+    recorder = results.Recorder(rows, 0, fold, built.segmenter.device, folder)
+    for file in evaluate.record(recorder, built, findings, scores, seconds):
+        print(file, flush=True)
+
+
+if __name__ == "__main__":
+    main()
