@@ -173,7 +173,6 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "published": beside_published(select(results)),
         "leakage": leakage_table(results),
         "folds": folds_table(results),
-        "patients": folds_table(results, "BUS-BRA"),
         "external": external_table(results),
         "ablation": ablation_table(),
         "tuned": tuned_table(),
