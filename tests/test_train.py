@@ -188,7 +188,7 @@ def test_the_card_says_what_it_was_trained_on(parts, fitted):
     scored = predicted.drop_duplicates(["source", "group"])
     assert card["validation"] == train.validation(scored, built.rules.presence)
     assert built.rules.presence == train.choose_presence(scored)
-    with pytest.raises(ValueError, match="trained on .* of these .* images of other"):
+    with pytest.raises(ValueError, match="trained on .* of these .* images, such as 'other"):
         built.check_unseen(training[training.source == OTHER])
     built.check_unseen(rows[rows.fold == 0])
 
