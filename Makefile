@@ -44,7 +44,7 @@ format: .venv/installed ## put code and notebooks into the house style
 	.venv/bin/ruff format
 	.venv/bin/nbstripout notebooks/*.ipynb
 
-pipeline: .venv/installed ## train the automatic pipelines on BUSI and BUS-BRA, write their weights and results: 4 hours
+pipeline: .venv/installed ## train the automatic pipelines on BUSI and BUS-BRA, write their weights and results: hours
 	.venv/bin/python results/make_pipelines.py
 
 table: .venv/installed ## make README's tables and figure from results/

@@ -1,4 +1,4 @@
-"""Train the automatic pipelines and score them: `make pipeline`, about four hours on 2 cores.
+"""Train the automatic pipelines and score them: `make pipeline`, which takes hours on 2 cores.
 
 Three kinds, each from cached embeddings:
 
