@@ -242,7 +242,7 @@ def load_all(path: str | Path = "", profile: str = "full") -> pd.DataFrame:
     Raises:
         ValueError: a file is cut off or of another format.
     """
-    return pd.DataFrame([_flat(file) for file in sorted(folder(path, profile).glob("*.json"))])
+    return pd.DataFrame([_flat(file) for file in sorted(folder(path, profile).glob("[!.]*.json"))])
 
 
 def _flat(file):

@@ -138,7 +138,7 @@ def tuned_table(path="") -> pd.DataFrame:
         groups, each seed's, and the gain over the default on the same images.
     """
     parts: dict[str, list] = {}
-    for file in sorted((folder(path) / "tuned").glob("*.json")):
+    for file in sorted((folder(path) / "tuned").glob("[!.]*.json")):
         with opened(file) as result:
             images = result["per_image"]
             scores = pd.DataFrame({name: images[name] for name in ("image_id", "label", "group")})

@@ -92,6 +92,8 @@ def test_kills_of_writing_results(run, tmp_path):
         [(path, found)] = read_all(tmp_path).items()
         assert found["per_image"]["image_id"] == list(rows.image_id)
         assert len(results.load_all(tmp_path)) == 1
+    path.with_name(f".1234-{path.name}").write_bytes(path.read_bytes())  # killed just before its place
+    assert len(results.load_all(tmp_path)) == 1
     assert path.stat().st_size > 200_000  # it was written anew
 
 

@@ -197,7 +197,7 @@ def _identity(model):
         raise FileNotFoundError(
             f"{str(folder)!r} holds no {pipeline.SETTINGS}; give a folder that Pipeline.save wrote, or none"
         )
-    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")]
+    files = [path for path in sorted(folder.glob("[!.]*")) if path.suffix in (".json", ".safetensors")]
     return f"pipeline {cache.key(*(path.name.encode() + path.read_bytes() for path in files))}"
 
 
