@@ -122,7 +122,7 @@ def weights(tmp_path_factory):
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
     rng, widths = (
         np.random.default_rng(0),
-        (len(diagnosis.PRESENCE), len(diagnosis.MALIGNANCY) + 2 * channels),
+        (len(diagnosis.PRESENCE) + 2 * channels, len(diagnosis.MALIGNANCY) + 2 * channels),
     )
     regressions = [diagnosis.Regression(rng.standard_normal(width) / 9, 0.1) for width in widths]
     scores = {label: np.linspace(0, 1, 40) for label in data.LABELS}

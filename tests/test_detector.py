@@ -40,9 +40,11 @@ def positions(rows):
 def test_training_data_are_the_frames_with_their_lesions(training_data, rows):
     for place, row in enumerate(rows.itertuples()):
         image, truth = data.read_image(row.image_path), data.read_truth(row)
-        assert torch.equal(training_data.pixels[place, 0], detector.inputs(image, 64))
+        pixels, sector = detector.inputs(image, 64)
+        assert torch.equal(training_data.pixels[place, 0], pixels)
+        assert training_data.sectors[place] == sector
         share = training_data.lesions[place, 0].float() / 255
-        found = detector.to_frame(F.avg_pool2d(share[None], detector.COARSE)[0].numpy(), truth.shape)
+        found = detector.to_frame(F.avg_pool2d(share[None], detector.COARSE)[0].numpy(), truth.shape, sector)
         assert found.mean() == pytest.approx(truth.mean(), abs=0.01)
         assert np.abs(found - truth).mean() < 0.06
         assert found.any() == (row.label != "normal")
@@ -53,9 +55,10 @@ def test_a_map_comes_back_at_its_place_in_the_frame(shape):
     height, width = shape
     image = np.zeros((*shape, 3), np.uint8)
     image[height // 8 : height // 2, width // 4 : width // 2] = 255
-    pixels = detector.inputs(image, 224)
+    pixels, sector = detector.inputs(image, 224)
+    assert sector == (0, 0, width, height)
     cells = F.avg_pool2d(pixels[None].float() / 255, detector.COARSE)[0].numpy()
-    found = detector.to_frame(cells, shape)
+    found = detector.to_frame(cells, shape, sector)
     assert found.shape == shape
     (centre, sides), (there, lengths) = (_centre_and_sides(part) for part in (image[..., 0], found))
     cell = max(shape) * detector.COARSE / 224
@@ -75,7 +78,7 @@ def _centre_and_sides(weights):
 def test_a_tall_frame_has_black_at_its_sides_and_all_grey_levels():
     image = np.random.default_rng(0).integers(60, 120, (400, 200, 1), dtype=np.uint8).repeat(3, 2)
     image[:8], image[-8:] = 60, 119
-    pixels = detector.inputs(image, 64)
+    pixels, _ = detector.inputs(image, 64)
     assert pixels.dtype == torch.uint8
     assert (pixels[:, :16] == 0).all()
     assert (pixels[:, 48:] == 0).all()
@@ -95,7 +98,7 @@ def _shown(count=40, source="A", labels=("benign",), **config):
     rows = pd.DataFrame({"label": [labels[k % len(labels)] for k in range(count)], "source": source})
     lesions[np.flatnonzero(rows.label != "normal"), :, 20:44, 12:48] = 255
     pixels[lesions > 0] = 255
-    made = detector.TrainingData(rows, pixels, lesions)
+    made = detector.TrainingData(rows, pixels, lesions, [(0, 0, 96, 96)] * count)
     config = {"size": 96, "intensity": 0.0} | PLAIN | config
     torch.manual_seed(0)
     return detector._Frames(made, np.arange(count), detector.Config(**config))

@@ -103,7 +103,7 @@ def test_each_kind_is_trained_saved_and_scored(index, busi, busbra, tmp_path, mo
     monkeypatch.setattr(make_pipelines, "embed_rows", lambda *given: {})
     monkeypatch.setattr(detector, "prepare", lambda rows: rows)
     monkeypatch.setattr(train, "fit", fit)
-    monkeypatch.setattr(train, "model_card", lambda built, rows: f"{len(rows)} images")
+    monkeypatch.setattr(make_pipelines, "model_card", lambda built, rows: f"{len(rows)} images")
     folders = {kind: tmp_path / kind for kind in make_pipelines.FOLDERS}
     monkeypatch.setattr(make_pipelines, "FOLDERS", folders)
     monkeypatch.setattr(make_pipelines, "score", lambda built, rows, *others: scored.append(len(rows)))
@@ -121,3 +121,29 @@ def test_each_kind_is_trained_saved_and_scored(index, busi, busbra, tmp_path, mo
         f"{number} images" for number in (len(busi), count)
     ]
     assert len(scored) == 2 + 1 + 1 + 2
+
+
+def test_the_model_card_states_the_figures_of_the_card(busi, busbra):
+    measures = {"lesion_dice": 0.71828, "malignant_auc": 0.85714}
+    validation = {
+        "BUSI": measures | {"normals_marked": 0.3},
+        "BUS-BRA": measures,
+        "pairs": {"source_auc": 0.55},
+    }
+    card = {"training_images": 123, "training_signature": "0123abcd", "test_fold": 0, "seconds": 600.0}
+    card |= {"validation": validation, "data": "BUSI and BUS-BRA"}
+    segmenter = SimpleNamespace(title="Segmenter")
+    built = SimpleNamespace(card=card, detectors=[None] * 4, segmenter=segmenter)
+    text = make_pipelines.model_card(built, pd.concat([busi, busbra]))
+    assert "123 images of BUSI and BUS-BRA (" in text
+    assert "0123abcd: fold 0 of synthetic and of BUS-BRA was left out" in text
+    assert "BUSI: lesion dice 0.718, malignant auc 0.857, normals marked 0.300; BUS-BRA: lesion dice" in text
+    assert "would tell nothing): 55%." in text
+    assert f"sensitivity of {train.SENSITIVITY:.0%}" in text
+    assert "took 10 minutes" in text
+    assert "{" not in text
+    card |= {"data": "BUSI", "validation": {"BUSI": measures}}
+    text = make_pipelines.model_card(built, busi)
+    assert "it was trained on one set alone" in text
+    assert "fold 0 of synthetic was left out" in text
+    assert f"{(busi[busi.fold != 0].label == 'normal').sum()} normal, " in text

@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from helpers import data, pipeline, plots, sam
-from helpers.pipeline import cli, detector, diagnosis
+from helpers.pipeline import cli, detector, diagnosis, geometry
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def built():
     detectors = [detector.LesionDetector(64, 8).eval() for _ in range(2)]
     rng = np.random.default_rng(0)
     channels = segmenter.embed([np.zeros((64, 64, 3), np.uint8)])[0].features.shape[0]
-    widths = len(diagnosis.PRESENCE), len(diagnosis.MALIGNANCY) + 2 * channels
+    widths = [len(chosen) + 2 * channels for chosen in (diagnosis.PRESENCE, diagnosis.MALIGNANCY)]
     regressions = [diagnosis.Regression(rng.standard_normal(width) / 9, 0.1) for width in widths]
     nonconformity = {label: np.sort(rng.random(40)) for label in data.LABELS}
     classifier = diagnosis.Diagnosis(*regressions, nonconformity)
@@ -60,11 +60,11 @@ def test_an_embedding_at_hand_gives_the_same(built, image):
 @pytest.mark.parametrize("place", [(30, 20, 330, 300), (0, 40, 200, 320)])
 def test_the_detectors_see_the_sector_alone(built, image, monkeypatch, place):
     left, top, right, bottom = place
-    monkeypatch.setattr(pipeline.geometry, "sector", lambda image: place)
+    monkeypatch.setattr(geometry, "sector", lambda image: place)
     found = built.segment(image).lesion_map
     assert found.shape == image.shape[:2]
     inside = image[top:bottom, left:right]
-    monkeypatch.setattr(pipeline.geometry, "sector", lambda image: (0, 0, right - left, bottom - top))
+    monkeypatch.setattr(geometry, "sector", lambda image: (0, 0, right - left, bottom - top))
     np.testing.assert_array_equal(found[top:bottom, left:right], built.segment(inside).lesion_map)
     assert found[top:bottom, left:right].all()
     found[top:bottom, left:right] = 0

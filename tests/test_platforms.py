@@ -52,7 +52,7 @@ def test_no_float64_goes_to_the_device(name, image):
         embedding = segmenter.embed([image])[0]
         segmenter.predict(embedding, np.array(BOX, np.float64))
         found = detector.LesionDetector(64, 8).eval()
-        pixels = detector.inputs(image, found.shape["size"])
+        pixels, _ = detector.inputs(image, found.shape["size"])
         detector.predict([found], pixels[None, None])
     assert NoFloat64.moved
 

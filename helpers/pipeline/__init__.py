@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from helpers import cache, data, images, sam
-from helpers.pipeline import detector, diagnosis, files, geometry
+from helpers.pipeline import detector, diagnosis, files
 
-VERSION = 4
+VERSION = 5
 SETTINGS = "pipeline.json"
 WEIGHTS = Path(__file__).parent / "weights"  # trained on two hospitals
 BUSI_ALONE = WEIGHTS / "busi-alone"  # for the external test
@@ -117,14 +117,10 @@ class Pipeline:
         return Finding(*found, lesion_map, probability, warnings)
 
     def _detect(self, image):
-        """Return the detectors' lesion map (H, W) and answers (2,), from the sector of the frame."""
-        left, top, right, bottom = geometry.sector(image)
-        inside = image[top:bottom, left:right]
-        pixels = detector.inputs(inside, self.detectors[0].shape["size"])
+        """Return the detectors' lesion map (H, W) and answers (2,)."""
+        pixels, sector = detector.inputs(image, self.detectors[0].shape["size"])
         maps, answers = detector.predict(self.detectors, pixels[None, None])
-        lesion_map = np.zeros(image.shape[:2], np.float32)
-        lesion_map[top:bottom, left:right] = detector.to_frame(maps[0], inside.shape)
-        return lesion_map, answers[0]
+        return detector.to_frame(maps[0], image.shape[:2], sector), answers[0]
 
     def check_unseen(self, rows: pd.DataFrame) -> None:
         """Raise ValueError where a part of this pipeline was trained on one of the rows of an index."""

@@ -21,8 +21,9 @@ from torch import nn
 from helpers import augment, cache, data
 from helpers.devices import default_device
 from helpers.params import SCHEDULES, TrainingConfig, limited
+from helpers.pipeline import geometry
 
-VERSION = 8  # raise it with every change that gives other numbers: older runs are then made again
+VERSION = 9  # raise it with every change that gives other numbers: older runs are then made again
 STEP = 32  # the network's size is a multiple of it: the deepest level is at 1/32
 COARSE = 4  # a cell of the lesion map is COARSE x COARSE pixels of the network's input
 BACKBONE = "tf_efficientnet_lite0"  # timm's name
@@ -80,6 +81,9 @@ class LesionDetector(nn.Module):
             BACKBONE, features_only=True, in_chans=1, out_indices=(1, 2, 3), drop_path_rate=0.1
         )
         self.encoder.blocks = self.encoder.blocks[:KEPT]
+        for block in self.encoder.blocks[FROZEN:].modules():
+            if isinstance(getattr(block, "conv_dw", None), nn.Conv2d):
+                block.conv_dw = _Float32(block.conv_dw)
         channels_at = self.encoder.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4
         widths = [depth, 64, 32]
         self.bottleneck = nn.Sequential(
@@ -132,6 +136,18 @@ class LesionDetector(nn.Module):
             part.requires_grad_(False)
 
 
+class _Float32(nn.Module):
+    """A layer without autocast: a depthwise convolution's backward pass in bfloat16 is slow on CPUs."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x.float())
+
+
 class _ResidualBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -152,41 +168,57 @@ class TrainingData:
 
     Attributes:
         rows: the N rows of an index, or of several together.
-        pixels: uint8 (N, 1, size, size), letterboxed.
+        pixels: uint8 (N, 1, size, size): see `inputs`.
         lesions: uint8 (N, 1, size, size): the share of each pixel that is lesion, of 255.
+        sectors: list of N boxes, each from `helpers.pipeline.geometry.sector`.
     """
 
     rows: pd.DataFrame
     pixels: torch.Tensor
     lesions: torch.Tensor
+    sectors: list
 
 
 def prepare(rows: pd.DataFrame, size: int = 224) -> TrainingData:
     """Read the rows of an index for detectors of a `size`, normal images with their empty mask."""
     pixels, lesions = (torch.zeros((len(rows), 1, size, size), dtype=torch.uint8) for _ in range(2))
+    sectors = []
     for position, row in enumerate(rows.itertuples()):
-        pixels[position, 0] = inputs(data.read_image(row.image_path), size)
-        lesions[position, 0] = torch.from_numpy(_letterbox(np.uint8(data.read_truth(row)) * 255, size))
-    return TrainingData(rows.reset_index(drop=True), pixels, lesions)
+        pixels[position, 0], sector = inputs(data.read_image(row.image_path), size)
+        truth = np.uint8(_inside(data.read_truth(row), sector)) * 255
+        lesions[position, 0] = torch.from_numpy(_letterbox(truth, size))
+        sectors.append(sector)
+    return TrainingData(rows.reset_index(drop=True), pixels, lesions, sectors)
 
 
-def inputs(image: np.ndarray, size: int) -> torch.Tensor:
-    """Return what a detector of a `size` sees of an image, uint8 (H, W, 3) RGB: a uint8 tensor (size, size).
+def inputs(image: np.ndarray, size: int) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """Return what a detector of a `size` sees of an image, uint8 (H, W, 3) RGB, and the box of that in it.
 
-    Its longest side has `size` pixels; it runs from the frame's darkest to its brightest, on black.
+    It is the sector, see `helpers.pipeline.geometry.sector`, as a uint8 tensor (size, size): its longest side
+    has `size` pixels; it runs from its darkest to its 99th percentile, on black. So a word in white on a
+    dark frame leaves the rest as bright as elsewhere.
     """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    sector = geometry.sector(image)
+    grey = cv2.cvtColor(_inside(image, sector), cv2.COLOR_RGB2GRAY).astype(np.float32)
     grey = grey if max(grey.shape) < size else _resize(grey, *_sides(grey.shape, size))
-    low, high = grey.min(), grey.max()
-    shown = ((grey - low) / max(high - low, 1) * 255).round().astype(np.uint8)
-    return torch.from_numpy(_letterbox(shown, size))
+    low, high = grey.min(), np.percentile(grey, 99)
+    shown = ((grey - low) / max(high - low, 1) * 255).clip(max=255).round().astype(np.uint8)
+    return torch.from_numpy(_letterbox(shown, size)), sector
 
 
-def to_frame(lesion_map: np.ndarray, shape: tuple) -> np.ndarray:
-    """Give a map (size / 4, size / 4) of letterboxed pixels back in the pixels of its frame, (H, W)."""
-    height, width = (side // COARSE for side in _sides(shape, COARSE * len(lesion_map)))
+def to_frame(lesion_map: np.ndarray, shape: tuple, sector: tuple) -> np.ndarray:
+    """Give a map (size / 4, size / 4) of what `inputs` gave, with its box, back in its frame, (H, W)."""
+    whole = np.zeros(shape, np.float32)
+    part = _inside(whole, sector)
+    height, width = (side // COARSE for side in _sides(part.shape, COARSE * len(lesion_map)))
     top, left = (len(lesion_map) - height) // 2, (len(lesion_map) - width) // 2
-    return cv2.resize(lesion_map[top : top + height, left : left + width], shape[1::-1])
+    part[:] = cv2.resize(lesion_map[top : top + height, left : left + width], part.shape[::-1])
+    return whole
+
+
+def _inside(array, sector):
+    left, top, right, bottom = sector
+    return array[top:bottom, left:right]
 
 
 def _sides(shape, size):
@@ -250,7 +282,8 @@ def fit(
         detector = LesionDetector(size, settings.depth, settings.dropout)
     detector.start_from_imagenet()
     learner = _Learner(detector.to(device, memory_format=torch.channels_last), settings.smoothing)
-    run = cache.run("detectors", VERSION, settings, data.signature(rows), bfloat16, path=folder)
+    learned = data.signature(rows), list(rows.source), list(rows.label)
+    run = cache.run("detectors", VERSION, settings, *learned, bfloat16, path=folder)
     frames = _Frames(training_data, positions, settings)
     return detector, training.fit(learner, frames, settings, run, mixed=bfloat16)
 
@@ -291,12 +324,13 @@ class _Frames(torch.utils.data.Dataset):
     def _window(self, place, rng):
         """Return pixels and lesions, uint8 (size, size), of an image or a window, and whether it is one."""
         pixels, lesions = self.pixels[place], self.lesions[place]
-        if rng.random() < self.config.marks:
-            pixels = _write(pixels.copy(), rng)
         frame, box, kind = _box(pixels), _box(lesions), rng.random()
         window = None
         if frame is None:  # all black
             return pixels, lesions, False
+        if rng.random() < self.config.marks:
+            pixels = pixels.copy()
+            _write(pixels[frame[0, 1] : frame[1, 1], frame[0, 0] : frame[1, 0]], rng)
         if kind < self.config.windows:
             window = _around(frame, box, rng)
         elif lesions.any() and kind < self.config.windows + self.config.empty:
@@ -323,7 +357,7 @@ def _around(frame, box, rng):
         start = frame[0] + (frame[1] - frame[0] - sides) * rng.random(2)
         box = np.stack([start, start + sides])
         return box.astype(int)
-    room = np.stack([box[0] - frame[0], frame[1] - box[1]]) * rng.random((2, 2))
+    room = np.stack([box[0] - frame[0], frame[1] - box[1]]).clip(min=0) * rng.random((2, 2))
     return (box + room * [[-1], [1]]).round().astype(int)
 
 
@@ -347,17 +381,18 @@ def _beside(frame, box, rng):
 
 
 def _write(pixels, rng):
-    """Write a word, or up to four crosses, on pixels, uint8 (size, size), as operators do."""
-    size, ink = len(pixels), int(rng.integers(150, 256))
+    """Write a word, or up to four crosses, on a frame, uint8 (H, W), as operators do."""
+    written, ink = pixels.copy(), int(rng.integers(150, 256))  # OpenCV writes on no part of an array
+    sides, scale = np.array(pixels.shape[::-1]), max(pixels.shape) / 224
     if rng.random() < 0.5:
-        place = (rng.uniform((0, 0.05), (0.7, 1)) * size).astype(int).tolist()
-        word, scale = str(rng.choice(WORDS)), rng.uniform(0.25, 0.6) * size / 224
-        cv2.putText(pixels, word, place, cv2.FONT_HERSHEY_SIMPLEX, scale, ink, int(rng.integers(1, 3)))
+        place = (rng.uniform((0, 0.05), (0.7, 1)) * sides).astype(int).tolist()
+        word, height = str(rng.choice(WORDS)), rng.uniform(0.25, 0.6) * scale
+        cv2.putText(written, word, place, cv2.FONT_HERSHEY_SIMPLEX, height, ink, int(rng.integers(1, 3)))
     else:
-        arm = int(rng.integers(3, 9) * size / 224)
-        for place in rng.integers(0, size, (rng.integers(1, 5), 2)).tolist():
-            cv2.drawMarker(pixels, place, ink, cv2.MARKER_CROSS, arm, 1)
-    return pixels
+        arm = int(rng.integers(3, 9) * scale)
+        for place in rng.integers(0, sides, (rng.integers(1, 5), 2)).tolist():
+            cv2.drawMarker(written, place, ink, cv2.MARKER_CROSS, arm, 1)
+    pixels[:] = written
 
 
 class _Learner(nn.Module):

@@ -20,16 +20,16 @@ SIDE = 256  # pixels of the longest side at which the shape of a mask is taken
 FEATURES = (
     "log odds of presence",
     "log odds of malignancy",
-    "log odds of the peak",
     "log area share",
     "solidity",
     "log height to width",
     "circularity",
     "expected Dice",
 )  # and, behind them, the embedding's means in the mask and in the ring around it
-PRESENCE = np.array([0, 2, 3, 7])  # of `FEATURES`: what tells whether there is a lesion
-MALIGNANCY = np.array([1, 3, 4, 5, 6, 7])  # what tells, with the embedding, whether it is malignant
-EMBEDDING_SCALE = 0.1  # of the embedding's means beside the other features: many, so each counts little
+# Which of `FEATURES` tell whether there is a lesion, and whether it is malignant; the embedding's means do,
+# too. The map's peak does not: at another hospital it is lower.
+PRESENCE, MALIGNANCY = np.array([0, 6]), np.array([1, 2, 3, 4, 5])
+PRESENCE_SCALE, MALIGNANCY_SCALE = 0.2, 0.1  # of the means: they are many, so each counts little
 RING = 3  # cells of the embedding
 
 
@@ -45,7 +45,7 @@ def features(answers: np.ndarray, lesion_map: np.ndarray, mask: np.ndarray, embe
     Returns:
         float (len(FEATURES) + 2 * channels,), none in pixels; 0 for what an empty mask leaves undefined.
     """
-    odds = np.clip([*answers, lesion_map.max()], 1e-4, 1 - 1e-4)
+    odds = np.clip(answers, 1e-4, 1 - 1e-4)
     shape, pooled = np.zeros(5), np.zeros(2 * embedding.features.shape[0])
     if mask.any():
         shape[:] = np.log(mask.mean()), *_shape(mask), expected_dice(lesion_map, mask)
@@ -108,8 +108,8 @@ class Diagnosis:
     """Presence and malignancy, joined, with their conformal calibration.
 
     Attributes:
-        presence: of a lesion, by the features `PRESENCE`.
-        malignancy: of a lesion that is there, by the features `MALIGNANCY` and the embedding's means.
+        presence: of a lesion, by the features `PRESENCE` and the embedding's means.
+        malignancy: of a lesion that is there, by the features `MALIGNANCY` and these means.
         nonconformity: dict from class to the nonconformity scores (1 - probability of the true class) of its
             calibration images, given by fits that were not trained on them.
     """
@@ -120,8 +120,8 @@ class Diagnosis:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Return class probabilities, float (N, 3) in the order of `helpers.data.LABELS`, of `features`."""
-        parts = zip((self.presence, self.malignancy), _columns(np.asarray(features)))
-        return _joined(*(regression.predict(part) for regression, part in parts))
+        parts = zip((self.presence, self.malignancy), (PRESENCE, MALIGNANCY))
+        return _joined(*(part.predict(features[:, _columns(features, chosen)]) for part, chosen in parts))
 
     @functools.cached_property
     def _conformal(self):
@@ -144,9 +144,9 @@ class Diagnosis:
         return np.hstack(p_values) >= 1 - coverage
 
 
-def _columns(features):
-    """Return what the two regressions see of features (N, len(FEATURES) + 2 * channels)."""
-    return features[:, PRESENCE], np.hstack([features[:, MALIGNANCY], features[:, len(FEATURES) :]])
+def _columns(features, chosen):
+    """Return which of features (N, ...) a regression sees: the chosen ones, and the embedding's means."""
+    return np.r_[chosen, len(FEATURES) : features.shape[1]]
 
 
 def _joined(present, malignant):
@@ -172,24 +172,25 @@ def fit(features: np.ndarray, rows: pd.DataFrame) -> tuple[Diagnosis, np.ndarray
         raise ValueError(f"a diagnosis needs 2 groups of each class; there are {groups.to_dict()}")
     lesion = (rows.label != "normal").to_numpy()
     with_normals = rows.source.isin(rows.source[~lesion]).to_numpy()
-    seen, more = _columns(features)
-    presence, present = _fit(seen, lesion, with_normals, rows, np.ones(seen.shape[1]))
-    scale = np.where(np.arange(more.shape[1]) < len(MALIGNANCY), 1, EMBEDDING_SCALE)
-    malignancy, malignant = _fit(more, (rows.label == "malignant").to_numpy(), lesion, rows, scale)
+    presence, present = _fit(features, rows, lesion, with_normals, PRESENCE, PRESENCE_SCALE)
+    is_malignant = (rows.label == "malignant").to_numpy()
+    malignancy, malignant = _fit(features, rows, is_malignant, lesion, MALIGNANCY, MALIGNANCY_SCALE)
     held_out = _joined(present, malignant)
     truth = rows.label.map(data.LABELS.index).to_numpy()
     scores = {label: np.sort(1 - held_out[truth == k, k]) for k, label in enumerate(data.LABELS)}
     return Diagnosis(presence, malignancy, scores), held_out
 
 
-def _fit(features, truth, known, rows, scale):
+def _fit(features, rows, truth, known, chosen, scale):
     """Fit a regression on the `known` rows; return it, and the probability (N,) of fits without the group."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.preprocessing import StandardScaler
 
+    columns = _columns(features, chosen)
+    scales, features = np.where(columns < len(FEATURES), 1, scale), features[:, columns]
     scaler = StandardScaler().fit(features[known])
-    standard = scaler.transform(features) * scale
+    standard = scaler.transform(features) * scales
     classifier = LogisticRegression(C=0.3, max_iter=1000)
     groups = (rows.source + rows.group)[known]
     smaller = groups.groupby(truth[known]).nunique().min()
@@ -199,5 +200,5 @@ def _fit(features, truth, known, rows, scale):
     held_out[known] = cross_val_predict(classifier, standard[known], truth[known], **how)[:, 1]
     logistic = classifier.fit(standard[known], truth[known])
     held_out[~known] = logistic.predict_proba(standard[~known])[:, 1] if not known.all() else []
-    weights = logistic.coef_[0] * scale / scaler.scale_
+    weights = logistic.coef_[0] * scales / scaler.scale_
     return Regression(weights, float(logistic.intercept_[0] - weights @ scaler.mean_)), held_out

@@ -20,27 +20,6 @@ from helpers.pipeline import detector, diagnosis
 GRID = {"threshold": (0.5, 0.4, 0.3), "peak_share": (0.5, 0.3), "margin": (0.01, 0.0, 0.02)}
 TRIED_ON = 300  # lesion images at most, spread over all
 SENSITIVITY = 0.95  # share of lesion images that the presence threshold keeps, out-of-fold
-CARD = """# Automatic pipeline for breast ultrasound
-
-From a B-mode frame to lesion masks and the probabilities of normal, benign and malignant. A research
-tool: no medical device, and never the ground for a decision about a patient.
-
-- **Parts**: {detectors} detectors (`detector-*.safetensors`, float16), and in `pipeline.json` the rules that
-  turn their lesion map into boxes, two logistic regressions (is there a lesion; is it malignant) with their
-  conformal calibration, and the names of the training images. The masks come from {segmenter}, which is
-  not in this folder.
-- **Trained on** {training_images} images of {data} ({classes}),
-  data signature {training_signature}: {left_out}. Each detector started from
-  EfficientNet-Lite0 (ImageNet). The training data of {segmenter} very probably contain BUSI.
-- **Out-of-fold**, on the images that rules and regressions were fitted on, one per group: {validation}.
-  Each detector predicts alone there; in use their mean counts. For the test folds see `results/`.
-- **Presence**: the threshold is set for a sensitivity of {sensitivity:.0%} out-of-fold. Only BUSI has normal
-  images. Does the probability of a lesion tell the hospital? Of two lesion images, one of each set, it is
-  higher for BUSI's in this share of the pairs (50 % would tell nothing): {source_auc}.
-- **Limits**: two hospitals at most, BUSI without patient ids; lymph nodes of the axilla come out worst; it
-  was not trained on colour Doppler, and warns of it.
-- **Made by** `make pipeline`; training the detectors took {minutes:.0f} minutes in all.
-"""
 
 
 def fit(
@@ -79,7 +58,9 @@ def fit(
         detectors.append(member)
         histories.append(history.assign(held_out=held_out))
         unseen = np.flatnonzero(rows.fold == held_out)
-        detected |= dict(zip(rows.image_id[unseen], zip(*detector.predict([member], pixels[unseen]))))
+        sectors = [training_data.sectors[place] for place in unseen]
+        answered = zip(*detector.predict([member], pixels[unseen]), sectors)
+        detected |= dict(zip(rows.image_id[unseen], answered))
     training = rows[rows.fold != fold].reset_index(drop=True)
     predicted = training[training.image_id.isin(detected)].reset_index(drop=True)
     rules, _ = choose_rules(segmenter, predicted.drop_duplicates(["source", "group"]), detected, embeddings)
@@ -137,13 +118,16 @@ def validation(scored: pd.DataFrame, presence: float) -> dict[str, dict[str, flo
 def choose_rules(segmenter, rows, detected, embeddings):
     """Try the values of `GRID`, one rule after the other; keep the highest mean Dice of lesion images.
 
-    `detected` is a dict from image_id to lesion map (size / 4, size / 4) and answers (2,). Returns the Rules,
-    and a DataFrame: each `rule` and `value` that was tried with its `dice`.
+    `detected` is a dict from image_id to lesion map (size / 4, size / 4), answers (2,) and sector. Returns
+    the Rules, and a DataFrame: each `rule` and `value` that was tried with its `dice`.
     """
     rules, tried, known = pipeline.Rules(), [], {}
     lesions = data.spread(data.lesions(rows), TRIED_ON)
     truths = {row.image_id: data.read_truth(row) for row in lesions.itertuples()}
-    maps = {name: detector.to_frame(detected[name][0], truth.shape) for name, truth in truths.items()}
+    maps = {}
+    for name, truth in truths.items():
+        lesion_map, _, sector = detected[name]
+        maps[name] = detector.to_frame(lesion_map, truth.shape, sector)
     for rule, values in GRID.items():
         scores = {}
         for value in values:
@@ -168,15 +152,15 @@ def choose_presence(scored: pd.DataFrame) -> float:
     """
     with_normals = scored.source.isin(scored.source[scored.label == "normal"])
     present = 1 - data.lesions(scored[with_normals]).normal
-    return float(np.floor(present.quantile(1 - SENSITIVITY) * 1e4) / 1e4)
+    return float(np.floor(present.quantile(1 - SENSITIVITY, "lower") * 1e4) / 1e4)
 
 
 def _apply_rules(segmenter, rows, detected, embeddings, rules):
     """Return the features of the diagnosis, Dice and confidence, each (N, ...), out-of-fold."""
     features, dice, confidence = [], [], []
     for row in rows.itertuples():
-        truth, (lesion_map, answers) = data.read_truth(row), detected[row.image_id]
-        lesion_map = detector.to_frame(lesion_map, truth.shape)
+        truth, (lesion_map, answers, sector) = data.read_truth(row), detected[row.image_id]
+        lesion_map = detector.to_frame(lesion_map, truth.shape, sector)
         _, masks, probability, found = pipeline.segment_map(
             segmenter, embeddings[row.image_id], lesion_map, answers, rules
         )
@@ -189,28 +173,3 @@ def _apply_rules(segmenter, rows, detected, embeddings, rules):
 def _dice(masks, truth):
     mask = pipeline.union(masks, truth.shape)
     return float(metrics.segmentation(mask, truth, surface=False)["dice"])
-
-
-def model_card(built: pipeline.Pipeline, rows: pd.DataFrame) -> str:
-    """Return the model card of a pipeline from `fit`, Markdown; `rows` are those that it was given."""
-    card = built.card
-    training = rows[rows.fold != card["test_fold"]]
-    lost = rows[rows.fold == card["test_fold"]].source.unique()
-    measures = dict(card["validation"])
-    pairs = measures.pop("pairs", {"source_auc": None})["source_auc"]
-    texts = (
-        f"{source}: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in part.items())
-        for source, part in measures.items()
-    )
-    counts = training.label.value_counts()
-    return CARD.format(
-        **{name: card[name] for name in ("training_images", "data", "training_signature")},
-        detectors=len(built.detectors),
-        segmenter=built.segmenter.title,
-        classes=", ".join(f"{counts[label]} {label}" for label in data.LABELS),
-        left_out=f"fold {card['test_fold']} of {' and of '.join(lost)} was left out",
-        validation="; ".join(texts),
-        sensitivity=SENSITIVITY,
-        source_auc="it was trained on one set alone" if pairs is None else f"{pairs:.0%}",
-        minutes=card["seconds"] / 60,
-    )

@@ -50,8 +50,9 @@ def main():
         config = {"epochs": 12} | VARIANTS[name]
         made = detector.prepare(rows, detector.Config(**config).size)
         member, _ = detector.fit(made, np.flatnonzero(picked), options.cache, mixed, **config)
-        pixels = made.pixels[np.flatnonzero(busi_val | away_val)]
-        line = {"variant": name} | score(member, segmenter, held_out, pixels, embeddings)
+        picked = np.flatnonzero(busi_val | away_val)
+        seen = made.pixels[picked], [made.sectors[place] for place in picked]
+        line = {"variant": name} | score(member, segmenter, held_out, seen, embeddings)
         print(line, flush=True)
         path = results.folder() / "detectors.csv"
         known = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["variant"])
@@ -60,13 +61,14 @@ def main():
         cache.write(path, table.loc[order].reset_index().round(4).to_csv(index=False))
 
 
-def score(member, segmenter, rows, pixels, embeddings):
+def score(member, segmenter, rows, seen, embeddings):
     """Return Dice and share of lesions found by source, AUC of presence, and AUC of malignancy by source."""
+    pixels, sectors = seen
     maps, answers = detector.predict([member], pixels)
     lines = []
-    for row, lesion_map, (present, malignant) in zip(rows.itertuples(), maps, answers):
+    for row, lesion_map, (present, malignant), sector in zip(rows.itertuples(), maps, answers, sectors):
         truth = data.read_truth(row)
-        shown = detector.to_frame(lesion_map, truth.shape)
+        shown = detector.to_frame(lesion_map, truth.shape, sector)
         boxes = pipeline.propose_boxes(shown, pipeline.Rules())
         masks, _ = pipeline.segment_boxes(segmenter, embeddings[row.image_id], shown, boxes)
         mask = pipeline.union(masks, truth.shape)
