@@ -79,14 +79,18 @@ def test_kills_of_writing_results(run, tmp_path):
     scores, rows = run
     recorder = results.Recorder(rows, path=tmp_path)
 
-    def write(kind):
-        for number in range(10_000):
+    def write(kind, times=10_000):
+        for number in range(times):
             details = {"number": number, "filling": "x" * 200_000}
             recorder.segmentation(scores, key="a-model", title="a model", prompt=kind, details=details)
 
     write_once = {"key": "a-model", "title": "a model", "prompt": results.PROMPTS[0]}
     recorder.segmentation(scores, **write_once)
-    counts = kill(write, results.PROMPTS[0], moments=[0.05 + 0.017 * k for k in range(10)])
+    begun = time.perf_counter()
+    write(results.PROMPTS[0], times=1)
+    seconds = time.perf_counter() - begun
+    recorder.segmentation(scores, **write_once)
+    counts = kill(write, results.PROMPTS[0], moments=[0.05 + seconds * k for k in range(10)])
     for count in range(1, 11):
         assert next(counts) == count
         [(path, found)] = read_all(tmp_path).items()

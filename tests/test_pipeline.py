@@ -100,11 +100,13 @@ def test_folders_of_another_kind_are_refused(built, tmp_path):
     built.save(tmp_path)
     settings = json.loads((tmp_path / "pipeline.json").read_text())
     (tmp_path / "pipeline.json").write_text(json.dumps(settings | {"version": 99}))
-    with pytest.raises(ValueError, match="is of version 99, this package reads 4; train it again"):
+    with pytest.raises(
+        ValueError, match=f"is of version 99, this package reads {pipeline.VERSION}; train it"
+    ):
         pipeline.load(tmp_path)
     older = {"version": 2, "features": ["log odds of benign to normal"], "weights": [], "bias": []}
     (tmp_path / "pipeline.json").write_text(json.dumps(older))
-    with pytest.raises(ValueError, match="is of version 2, this package reads 4; train it again"):
+    with pytest.raises(ValueError, match=f"is of version 2, this package reads {pipeline.VERSION}; train it"):
         pipeline.load(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps(settings)[:-20])
     with pytest.raises(ValueError, match="cut off or altered"):
