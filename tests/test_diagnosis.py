@@ -90,7 +90,7 @@ def test_a_channel_of_the_embedding_counts_less_than_a_feature():
     features[:, -1] = features[:, diagnosis.MALIGNANCY[0]]
     weights = diagnosis.fit(features, rows)[0].malignancy.weights
     assert weights[0] > 0.1
-    assert weights[-1] / weights[0] == pytest.approx(diagnosis.EMBEDDING_SCALE**2, rel=0.05)
+    assert weights[-1] / weights[0] == pytest.approx(diagnosis.MALIGNANCY_SCALE**2, rel=0.05)
 
 
 def test_probabilities_of_the_rows_are_of_fits_that_did_not_see_them():

@@ -29,7 +29,7 @@ FEATURES = (
 # Which of `FEATURES` tell whether there is a lesion, and whether it is malignant; the embedding's means do,
 # too. The map's peak does not: at another hospital it is lower.
 PRESENCE, MALIGNANCY = np.array([0, 6]), np.array([1, 2, 3, 4, 5])
-EMBEDDING_SCALE = 0.1  # of the means beside other features: they are many, so each counts little
+PRESENCE_SCALE, MALIGNANCY_SCALE = 0.1, 0.05  # of the means: they are many, so each counts little
 RING = 3  # cells of the embedding
 
 
@@ -172,23 +172,23 @@ def fit(features: np.ndarray, rows: pd.DataFrame) -> tuple[Diagnosis, np.ndarray
         raise ValueError(f"a diagnosis needs 2 groups of each class; there are {groups.to_dict()}")
     lesion = (rows.label != "normal").to_numpy()
     with_normals = rows.source.isin(rows.source[~lesion]).to_numpy()
-    presence, present = _fit(features, rows, lesion, with_normals, PRESENCE)
+    presence, present = _fit(features, rows, lesion, with_normals, PRESENCE, PRESENCE_SCALE)
     is_malignant = (rows.label == "malignant").to_numpy()
-    malignancy, malignant = _fit(features, rows, is_malignant, lesion, MALIGNANCY)
+    malignancy, malignant = _fit(features, rows, is_malignant, lesion, MALIGNANCY, MALIGNANCY_SCALE)
     held_out = _joined(present, malignant)
     truth = rows.label.map(data.LABELS.index).to_numpy()
     scores = {label: np.sort(1 - held_out[truth == k, k]) for k, label in enumerate(data.LABELS)}
     return Diagnosis(presence, malignancy, scores), held_out
 
 
-def _fit(features, rows, truth, known, chosen):
+def _fit(features, rows, truth, known, chosen, scale):
     """Fit a regression on the `known` rows; return it, and the probability (N,) of fits without the group."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.preprocessing import StandardScaler
 
     columns = _columns(features, chosen)
-    scales, features = np.where(columns < len(FEATURES), 1, EMBEDDING_SCALE), features[:, columns]
+    scales, features = np.where(columns < len(FEATURES), 1, scale), features[:, columns]
     scaler = StandardScaler().fit(features[known])
     standard = scaler.transform(features) * scales
     classifier = LogisticRegression(C=0.3, max_iter=1000)
