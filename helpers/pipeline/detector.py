@@ -82,7 +82,7 @@ class LesionDetector(nn.Module):
         )
         self.encoder.blocks = self.encoder.blocks[:KEPT]
         for block in self.encoder.blocks[FROZEN:].modules():
-            if isinstance(getattr(block, "conv_dw", None), nn.Conv2d):
+            if hasattr(block, "conv_dw"):
                 block.conv_dw = _Float32(block.conv_dw)
         channels_at = self.encoder.feature_info.channels()[::-1]  # at 1/16, 1/8, 1/4
         widths = [depth, 64, 32]
@@ -382,17 +382,15 @@ def _beside(frame, box, rng):
 
 def _write(pixels, rng):
     """Write a word, or up to four crosses, on a frame, uint8 (H, W), as operators do."""
-    written, ink = pixels.copy(), int(rng.integers(150, 256))  # OpenCV writes on no part of an array
-    sides, scale = np.array(pixels.shape[::-1]), max(pixels.shape) / 224
+    ink, sides, scale = int(rng.integers(150, 256)), pixels.shape[::-1], max(pixels.shape) / 224
     if rng.random() < 0.5:
         place = (rng.uniform((0, 0.05), (0.7, 1)) * sides).astype(int).tolist()
         word, height = str(rng.choice(WORDS)), rng.uniform(0.25, 0.6) * scale
-        cv2.putText(written, word, place, cv2.FONT_HERSHEY_SIMPLEX, height, ink, int(rng.integers(1, 3)))
+        cv2.putText(pixels, word, place, cv2.FONT_HERSHEY_SIMPLEX, height, ink, int(rng.integers(1, 3)))
     else:
         arm = int(rng.integers(3, 9) * scale)
         for place in rng.integers(0, sides, (rng.integers(1, 5), 2)).tolist():
-            cv2.drawMarker(written, place, ink, cv2.MARKER_CROSS, arm, 1)
-    pixels[:] = written
+            cv2.drawMarker(pixels, place, ink, cv2.MARKER_CROSS, arm, 1)
 
 
 class _Learner(nn.Module):
