@@ -12,8 +12,8 @@ The protocol: nothing is chosen by what a test fold scores. The detector's confi
 and BUS-BRA's first fold; thresholds, rules and regressions of a pipeline on its own out-of-fold predictions.
 BUS-BRA's folds are its authors', by patient. BUSI's fold 0 and the external set have been read three times:
 the first reading showed that presence does not carry over, so the brightness of what a detector sees, the
-epochs, and the features of the diagnosis were chosen anew, on BUSI's out-of-fold predictions without fold 0 and
-on BUS-BRA's first fold.
+epochs, and the features of the diagnosis were chosen anew, on BUSI's out-of-fold predictions without fold 0
+and on BUS-BRA's first fold.
 """
 
 import argparse
