@@ -109,21 +109,34 @@ def external_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def ablation_table() -> pd.DataFrame:
-    """Lay results/ablation.csv out for reading: what each variant of fine-tuning gave on validation.
+# Per file: its columns, each with a title and digits.
+VARIANTS = {
+    "ablation": {
+        "kept_epoch": ("Kept epoch", ".0f"),
+        "tight_dice": ("Dice, tight box", ".4f"),
+        "tight_benign": ("benign", ".4f"),
+        "tight_malignant": ("malignant", ".4f"),
+        "jittered_dice": ("Dice, jittered box", ".4f"),
+    },
+    "detectors": {
+        "busi_dice": ("BUSI: Dice", ".3f"),
+        "busi_found": ("Lesions found", ".0%"),
+        "presence_auc": ("Presence AUC", ".3f"),
+        "busi_malignant_auc": ("Malignant AUC", ".3f"),
+        "busbra_dice": ("BUS-BRA: Dice", ".3f"),
+        "busbra_found": ("Lesions found", ".0%"),
+        "busbra_malignant_auc": ("Malignant AUC", ".3f"),
+    },
+}
 
-    Returns:
-        DataFrame of text: variant, the epoch that was kept, and mean Dice with tight boxes (all, benign,
-        malignant) and with jittered ones.
-    """
-    titles = {"variant": "Variant", "kept_epoch": "Kept epoch", "tight_dice": "Dice, tight box"}
-    titles |= {"tight_benign": "benign", "tight_malignant": "malignant"}
-    titles |= {"jittered_dice": "Dice, jittered box"}
-    variants = pd.read_csv(folder() / "ablation.csv")[list(titles)]
-    variants["kept_epoch"] = [_text(epoch, ".0f") for epoch in variants.kept_epoch]
-    dice = list(titles)[2:]
-    variants[dice] = variants[dice].map("{:.4f}".format)
-    return variants.rename(columns=titles)
+
+def variants_table(name: str) -> pd.DataFrame:
+    """Lay a file of `VARIANTS`, results/<name>.csv, out as text: what each variant gave on validation."""
+    variants = pd.read_csv(folder() / f"{name}.csv")
+    parts = [variants.variant.rename("Variant")]
+    for column, (title, digits) in VARIANTS[name].items():
+        parts.append(pd.Series([_text(value, digits) for value in variants[column]], name=title))
+    return pd.concat(parts, axis=1)
 
 
 def tuned_table(path="") -> pd.DataFrame:
@@ -173,8 +186,10 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "published": beside_published(select(results)),
         "leakage": leakage_table(results),
         "folds": folds_table(results),
+        "patients": folds_table(results, "BUS-BRA"),
         "external": external_table(results),
-        "ablation": ablation_table(),
+        "ablation": variants_table("ablation"),
+        "detectors": variants_table("detectors"),
         "tuned": tuned_table(),
     }
 

@@ -56,13 +56,27 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     monkeypatch.setattr(make_tables, "MAIN", make_tables.MAIN[:-1])  # no classifier ran
     monkeypatch.delenv("BUSBRA_DIR", raising=False)
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
-    names = ("results", "classes", "published", "leakage", "folds", "ablation", "tuned")
+    names = (
+        "results",
+        "classes",
+        "published",
+        "leakage",
+        "folds",
+        "patients",
+        "ablation",
+        "detectors",
+        "tuned",
+    )
     (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
     tables = "between\n".join(map(block.format, names))
     (tmp_path / "results/README.md").write_text("before\n" + tables + "after\n")
     (tmp_path / "results/ablation.csv").write_text(
         "variant,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
         "nothing,,0.9,0.8,0.7,0.6\nmagic,12,0.91,0.81,0.71,0.61\n"
+    )
+    (tmp_path / "results/detectors.csv").write_text(
+        "variant,presence_auc,busi_dice,busi_found,busi_malignant_auc,"
+        "busbra_dice,busbra_found,busbra_malignant_auc\nmore,0.9,0.71,0.72,0.8,0.61,0.62,0.7\n"
     )
     for module in (results, make_tables):
         monkeypatch.setattr(module, "folder", lambda path="", profile="full": tmp_path / "results")
@@ -75,6 +89,7 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     assert text.startswith("before\n<!-- results -->\n| Prompt")
     assert "<!-- /results -->\nbetween\n<!-- classes -->\n| Given" in text
     assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
+    assert "| more | 0.710 | 72% | 0.900 | 0.800 | 0.610 | 62% | 0.700 |" in text
     assert text.endswith("<!-- /tuned -->\nafter\n")
     assert "outdated" not in main + text
     assert (tmp_path / "results/comparison.png").is_file()
