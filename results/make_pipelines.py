@@ -40,14 +40,28 @@ tool: no medical device, and never the ground for a decision about a patient.
   data signature {training_signature}: {left_out}. Each detector started from
   EfficientNet-Lite0 (ImageNet). The training data of {segmenter} very probably contain BUSI.
 - **Out-of-fold**, on the images that rules and regressions were fitted on, one per group: {validation}.
-  Each detector predicts alone there; in use their mean counts. For the test folds see `results/`.
+  Each detector predicts alone there; in use their mean counts.
 - **Presence**: the threshold is set for a sensitivity of {sensitivity:.0%} out-of-fold. Only BUSI has normal
   images. Does the probability of a lesion tell the hospital? Of two lesion images, one of each set, it is
   higher for BUSI's in this share of the pairs (50 % would tell nothing): {source_auc}.
 - **Limits**: two hospitals at most, BUSI without patient ids; lymph nodes of the axilla come out worst; it
   was not trained on colour Doppler, and warns of it.
 - **Made by** `make pipeline`; training the detectors took {minutes:.0f} minutes in all.
+
+## On images that no part of it has seen
+
+{tested} `results/README.md` explains the columns, and `make table` fills them in.
+
+{tables}
 """
+TABLES = {
+    "alone": ("All of BUS-BRA that was at hand.", ("external",)),
+    "ship": (
+        "BUSI's folds, then BUS-BRA's, by patient. The row of BUSI's fold 0 is this pipeline's; the others\n"
+        "are of pipelines trained as this one, each without that fold of both sets.",
+        ("folds", "patients"),
+    ),
+}
 
 
 def main(arguments=None) -> None:
@@ -75,7 +89,7 @@ def main(arguments=None) -> None:
             print(f"{kind}, fold {fold} held out: {built.card['validation']}", flush=True)
             if kind in FOLDERS:
                 built.save(FOLDERS[kind])
-                cache.write(FOLDERS[kind] / "README.md", model_card(built, rows))
+                cache.write(FOLDERS[kind] / "README.md", model_card(built, rows, kind))
             for test in held_out(kind, fold, busi, busbra):
                 score(built, test, fold, embeddings, options.results)
 
@@ -105,8 +119,8 @@ def score(built: pipeline.Pipeline, rows: pd.DataFrame, fold: int, embeddings: d
         print(file, flush=True)
 
 
-def model_card(built: pipeline.Pipeline, rows: pd.DataFrame) -> str:
-    """Return the model card of a pipeline, Markdown; `rows` are those that `train.fit` was given."""
+def model_card(built: pipeline.Pipeline, rows: pd.DataFrame, kind: str) -> str:
+    """Return the model card of a pipeline of a kind of `TABLES`, Markdown; `train.fit` was given `rows`."""
     card = built.card
     training = rows[rows.fold != card["test_fold"]]
     lost = rows[rows.fold == card["test_fold"]].source.unique()
@@ -117,6 +131,7 @@ def model_card(built: pipeline.Pipeline, rows: pd.DataFrame) -> str:
         for source, part in measures.items()
     )
     counts = training.label.value_counts()
+    tested, names = TABLES[kind]
     return CARD.format(
         **{name: card[name] for name in ("training_images", "data", "training_signature")},
         detectors=len(built.detectors),
@@ -127,6 +142,8 @@ def model_card(built: pipeline.Pipeline, rows: pd.DataFrame) -> str:
         sensitivity=train.SENSITIVITY,
         source_auc="it was trained on one set alone" if pairs is None else f"{pairs:.0%}",
         minutes=card["seconds"] / 60,
+        tested=tested,
+        tables="\n\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in names),
     )
 
 

@@ -1,7 +1,7 @@
 """Make tables and figures from the result files beside this file: `make table`.
 
-A block between `<!-- name -->` and `<!-- /name -->` in README.md or results/README.md is a table; the text
-around it stays. `lesions.png` is drawn anew where `$BUSBRA_DIR` names BUS-BRA.
+A block between `<!-- name -->` and `<!-- /name -->` in one of `READMES` is a table; the text around it stays.
+`lesions.png` is drawn anew where `$BUSBRA_DIR` names BUS-BRA.
 """
 
 import os
@@ -14,6 +14,12 @@ from helpers.metrics import interval_text
 from helpers.results import folder, load_all, opened, select
 from helpers.tables import beside_published, class_table, leakage_table, table
 
+READMES = (
+    "README.md",
+    "results/README.md",
+    "helpers/pipeline/weights/README.md",
+    "helpers/pipeline/weights/busi-alone/README.md",
+)
 # The rows of README's table: key and prompt.
 MAIN = (
     ("box-ellipse", "ground-truth box"),
@@ -195,10 +201,10 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def write() -> None:
-    """Make the tables of README.md and results/README.md, and the figures, from the files in results/."""
+    """Make the tables of `READMES`, and the figures, from the files in results/."""
     everything = load_all()
     tables = readme_tables(everything)
-    for readme in (folder().parent / "README.md", folder() / "README.md"):
+    for readme in (folder().parent / name for name in READMES):
         text = readme.read_text(encoding="utf-8")
         for name, frame in tables.items():
             if f"<!-- {name} -->" in text:

@@ -103,7 +103,7 @@ def test_each_kind_is_trained_saved_and_scored(index, busi, busbra, tmp_path, mo
     monkeypatch.setattr(make_pipelines, "embed_rows", lambda *given: {})
     monkeypatch.setattr(detector, "prepare", lambda rows: rows)
     monkeypatch.setattr(train, "fit", fit)
-    monkeypatch.setattr(make_pipelines, "model_card", lambda built, rows: f"{len(rows)} images")
+    monkeypatch.setattr(make_pipelines, "model_card", lambda built, rows, kind: f"{kind} {len(rows)}")
     folders = {kind: tmp_path / kind for kind in make_pipelines.FOLDERS}
     monkeypatch.setattr(make_pipelines, "FOLDERS", folders)
     monkeypatch.setattr(make_pipelines, "score", lambda built, rows, *others: scored.append(len(rows)))
@@ -117,9 +117,7 @@ def test_each_kind_is_trained_saved_and_scored(index, busi, busbra, tmp_path, mo
         (count, 0, 3, epochs["both"]),
     ]
     assert saved == [folders["alone"], folders["ship"]]
-    assert [(folder / "README.md").read_text() for folder in saved] == [
-        f"{number} images" for number in (len(busi), count)
-    ]
+    assert [(folder / "README.md").read_text() for folder in saved] == [f"alone {len(busi)}", f"ship {count}"]
     assert len(scored) == 2 + 1 + 1 + 2
 
 
@@ -134,7 +132,7 @@ def test_the_model_card_states_the_figures_of_the_card(busi, busbra):
     card |= {"validation": validation, "data": "BUSI and BUS-BRA"}
     segmenter = SimpleNamespace(title="Segmenter")
     built = SimpleNamespace(card=card, detectors=[None] * 4, segmenter=segmenter)
-    text = make_pipelines.model_card(built, pd.concat([busi, busbra]))
+    text = make_pipelines.model_card(built, pd.concat([busi, busbra]), "ship")
     assert "123 images of BUSI and BUS-BRA (" in text
     assert "0123abcd: fold 0 of synthetic and of BUS-BRA was left out" in text
     assert "BUSI: lesion dice 0.718, malignant auc 0.857, normals marked 0.300; BUS-BRA: lesion dice" in text
@@ -142,8 +140,9 @@ def test_the_model_card_states_the_figures_of_the_card(busi, busbra):
     assert f"sensitivity of {train.SENSITIVITY:.0%}" in text
     assert "took 10 minutes" in text
     assert "{" not in text
+    assert text.endswith("\n<!-- folds -->\n<!-- /folds -->\n\n<!-- patients -->\n<!-- /patients -->\n")
     card |= {"data": "BUSI", "validation": {"BUSI": measures}}
-    text = make_pipelines.model_card(built, busi)
+    text = make_pipelines.model_card(built, busi, "alone")
     assert "it was trained on one set alone" in text
     assert "fold 0 of synthetic was left out" in text
     assert f"{(busi[busi.fold != 0].label == 'normal').sum()} normal, " in text

@@ -26,10 +26,13 @@ def test_committed_results_are_of_one_test_fold():
 
 
 def test_readmes_show_the_committed_results():
-    texts = [(results.committed_folder() / path).read_text() for path in ("../README.md", "README.md")]
-    for name, frame in make_tables.readme_tables(results.load_all(results.committed_folder())).items():
+    root = results.committed_folder().parent
+    texts = [(root / path).read_text() for path in make_tables.READMES]
+    for name, frame in make_tables.readme_tables(results.load_all(root / "results")).items():
         block = f"<!-- {name} -->\n{make_tables.markdown(frame)}\n<!-- /{name} -->"
-        assert block in texts[name != "main"]
+        found = [block in text for text in texts if f"<!-- {name} -->" in text]
+        assert found, name
+        assert all(found), name
 
 
 def test_table_states_the_gain_over_the_ellipse_with_its_interval(run, tmp_path):
@@ -69,6 +72,9 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     )
     (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
     tables = "between\n".join(map(block.format, names))
+    for path in make_tables.READMES[2:]:  # without a block, they stay as they are
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("a model card\n")
     (tmp_path / "results/README.md").write_text("before\n" + tables + "after\n")
     (tmp_path / "results/ablation.csv").write_text(
         "variant,kept_epoch,tight_dice,tight_benign,tight_malignant,jittered_dice\n"
