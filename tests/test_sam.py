@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import os
@@ -145,6 +146,33 @@ def test_save_and_load(name, tmp_path, image):
     )
     np.testing.assert_array_equal(again.predict(image, BOX), segmenter.predict(image, BOX))
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("intensity", ["mean-std", "unit"])
+def test_plain_transformers_reads_a_saved_vit(tiny, intensity, tmp_path, image):
+    from transformers import SamModel, SamProcessor
+
+    recipe = dataclasses.replace(tiny.preprocessing, intensity=intensity)
+    segmenter = sam.Segmenter(tiny.model, recipe, "tiny", tiny.device)
+    segmenter.save(tmp_path / "saved")
+    model, processor = (part.from_pretrained(tmp_path / "saved") for part in (SamModel, SamProcessor))
+    inputs = processor(image, input_boxes=[[list(BOX)]], return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(**inputs, multimask_output=False).pred_masks
+    back = processor.image_processor.post_process_masks
+    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    theirs = torch.sigmoid(back(logits, *sizes, binarize=False)[0][0, 0])
+    np.testing.assert_allclose(segmenter.predict(image, BOX), theirs, atol=1e-5)
+
+
+def test_no_processor_is_saved_that_would_see_other_pixels(tiny, tmp_path):
+    for number, resample in enumerate(("bilinear", "stretch", "area")):
+        intensity = "min-max" if number else "unit"
+        recipe = dataclasses.replace(tiny.preprocessing, resample=resample, intensity=intensity)
+        folder = tmp_path / resample
+        sam.Segmenter(tiny.model, recipe, "tiny", tiny.device).save(folder)
+        assert (folder / "config.json").is_file()
+        assert any(folder.glob("*processor*")) == (resample == "bilinear")
 
 
 def test_save_never_replaces_a_foreign_folder(tiny, tmp_path):
@@ -387,8 +415,8 @@ def test_bfloat16_outlines_the_same(lite, index):
 
 
 def test_an_unknown_precision():
-    with pytest.raises(ValueError, match="precision 'float16' is none of float32, bfloat16, auto"):
-        sam.load("tiny", device="cpu", precision="float16")
+    with pytest.raises(ValueError, match="precision 'float8' is none of float32, bfloat16, float16, auto"):
+        sam.load("tiny", device="cpu", precision="float8")
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
@@ -397,6 +425,39 @@ def test_automatic_precision_is_what_the_processor_multiplies(monkeypatch, nativ
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert sam.load("tiny", device="cpu", precision="auto").precision == expected
     assert sam.load("tiny", device="cpu").precision == "float32"
+
+
+def test_a_gpu_without_bfloat16_takes_float16(monkeypatch):
+    monkeypatch.setattr(sam.segmenter, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(sam.segmenter, "Segmenter", lambda *given: given[-1])
+    assert sam.load("tiny", device="cuda", precision="auto") == "float16"
+    assert sam.load("tiny", device="mps", precision="auto") == "float32"
+
+
+class _Loud(torch.nn.Module):
+    """An encoder whose output overflows in float16 for images that are bright enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 32, 16, 16)
+        torch.nn.init.constant_(self.layer.weight, 1000.3)
+
+    def forward(self, pixels):
+        return (self.layer(pixels),)
+
+
+def test_an_image_that_overflows_in_float16_runs_in_float32(tiny):
+    recipe = dataclasses.replace(tiny.preprocessing, intensity="unit")
+    bright, dark = (np.full((64, 64, 3), grey, np.uint8) for grey in (255, 3))
+    exact = sam.Segmenter(copy.deepcopy(tiny.model), recipe, "tiny", tiny.device)
+    exact.model.vision_encoder = _Loud()
+    half = sam.Segmenter(exact.model, recipe, "tiny", tiny.device, precision="float16")
+    half.batch_size = 2
+    ours, theirs = (segmenter.embed([bright, dark]) for segmenter in (half, exact))
+    assert theirs[0].features.max() > torch.finfo(torch.float16).max > theirs[1].features.max()
+    torch.testing.assert_close(ours[0].features, theirs[0].features)
+    torch.testing.assert_close(ours[1].features, theirs[1].features, rtol=2e-3, atol=0)
+    assert (ours[1].features != theirs[1].features).any()
 
 
 def test_the_default_checkpoint_says_why_it_is_not_the_wanted_one(monkeypatch, capsys):

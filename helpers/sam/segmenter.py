@@ -16,7 +16,7 @@ from helpers.devices import default_device, memory_advice, multiplies_bfloat16
 from helpers.sam import networks
 from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
 
-OPTIONS = {"precision": ("float32", "bfloat16", "auto"), "family": (None, "sam", "medsam")}
+OPTIONS = {"precision": ("float32", "bfloat16", "float16", "auto"), "family": (None, "sam", "medsam")}
 
 
 def default_checkpoint(wanted: str = "wanglab/medsam-vit-base") -> str:
@@ -45,8 +45,8 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
             `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor), or an official
             .pth of SAM, MedSAM or LiteMedSAM. "lite-medsam" comes with pip; "tiny" is random, for tests.
         device: of torch; by default a GPU where there is one.
-        precision: what the image encoder and `fit` multiply in: "float32", "bfloat16", or "auto": bfloat16
-            where the device multiplies it natively, which is faster.
+        precision: what the image encoder and `fit` multiply in: "float32", "bfloat16", "float16" (`fit`:
+            float32), or "auto": the fastest, bfloat16 where it is native, else float16 on an NVIDIA GPU.
         family: of a .pth, "sam" or "medsam": their weights have the same names and shapes, but they expect
             other pixels. None takes "medsam" where the file's name contains it, else "sam".
 
@@ -60,7 +60,8 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
             raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, OPTIONS[name]))}")
     device = torch.device(device or default_device())
     if precision == "auto":
-        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
+        otherwise = "float16" if device.type == "cuda" else "float32"
+        precision = "bfloat16" if multiplies_bfloat16(device) else otherwise
     path, title = Path(checkpoint).expanduser(), None
     name = str(path) if str(checkpoint).startswith("~") else str(checkpoint)
     if name in ("lite-medsam", "tiny"):
@@ -132,7 +133,7 @@ class Segmenter:
         model: transformers SamModel; LiteMedSAM's has a TinyViT as `vision_encoder`.
         preprocessing: Preprocessing of the checkpoint's family.
         device: torch device.
-        precision: "float32" or "bfloat16", for encoder and `fit`; `predict` decodes in float32.
+        precision: "float32", "bfloat16" or "float16"; `predict` decodes in float32.
         grid: side of the logits, pixels.
         batch_size: images per forward pass: 8 on a GPU; 1 on a CPU, whose caches hold one image
             (8 take half as long again per image there, and 2 GB more).
@@ -174,11 +175,18 @@ class Segmenter:
         return embeddings
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Run the encoder on `preprocess`ed pixels (N, 3, size, size); float32 (N, channels, h, w)."""
+        """Run the encoder on `preprocess`ed pixels (N, 3, size, size); float32 (N, channels, h, w).
+
+        An image that overflows in float16 runs once more, in float32.
+        """
         pixels = pixels.to(self.device, memory_format=torch.channels_last)
-        bfloat16 = self.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            return self.model.vision_encoder(pixels)[0].float()
+        dtype = getattr(torch, self.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            features = self.model.vision_encoder(pixels)[0].float()
+        overflown = ~features.isfinite().flatten(1).all(1)
+        if dtype == torch.float16 and overflown.any():
+            features[overflown] = self.model.vision_encoder(pixels[overflown])[0]
+        return features
 
     def decode(self, features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Return the logits (N, grid, grid) of one box per image.
@@ -236,7 +244,9 @@ class Segmenter:
     def save(self, folder) -> None:
         """Write weights and settings so that `load(folder)` gives this segmenter again.
 
-        The folder appears whole or not at all, and replaces an older one that `save` wrote.
+        The folder appears whole or not at all, and replaces an older one that `save` wrote. That of a ViT
+        is one for transformers' `SamModel.from_pretrained` too, and for its `SamProcessor.from_pretrained`
+        where the checkpoint takes SAM's own preprocessing.
 
         Raises:
             FileExistsError: the folder holds something else.
@@ -260,7 +270,11 @@ class Segmenter:
         }
         with cache.atomic(folder) as new:
             new.mkdir()
-            save_file(state, new / "model.safetensors")
+            save_file(state, new / "model.safetensors", {"format": "pt"})
+            if settings["network"] == "SamVisionEncoder":
+                self.model.config.save_pretrained(new)
+                if self.preprocessing.resample == "bilinear":
+                    self.processor.save_pretrained(new)
             (new / networks.MARKER).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
