@@ -31,7 +31,7 @@ LABELS = ("normal", "benign", "malignant")
 BUSBRA = "BUS-BRA (doi 10.5281/zenodo.8231412)"
 KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
 N_FOLDS = 5
-LEAST_PRETRAINING = 8  # images per class, so that there are five folds
+FEWEST = 8  # images per class, so that there are five folds
 PRETRAINING_SEED = 11
 COLUMNS = ["image_id", "label", "image_path", "mask_paths", "group", "objection", "annotation"]
 COLUMNS += ["same_frame", "source"]
@@ -75,9 +75,7 @@ def _dataset_folder(root, source):
         whole = [folder for folder in level if set(LABELS) <= _class_folders(folder).keys()]
         if len(whole) > 1:
             places = ", ".join(str(folder) for folder in whole)
-            raise ValueError(
-                f"{source} is {str(root)!r}, which holds BUSI more than once: name one of {places}"
-            )
+            raise ValueError(f"{source}, {str(root)!r}, holds BUSI more than once: name one of {places}")
         if whole:
             return whole[0]
         nearest = max([nearest, *level], key=lambda folder: len(_class_folders(folder)))
@@ -195,12 +193,10 @@ def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.
     """Make synthetic images to pretrain a network on: other ones than those that stand in for BUSI.
 
     They are kept in `folder` ("" is `helpers.cache.folder()`). Returns (train, val), rows of an index.
-    ValueError where `images_per_class` is below `LEAST_PRETRAINING`: too few to be split.
+    ValueError where `images_per_class` is below `FEWEST`: too few to be split.
     """
-    if images_per_class < LEAST_PRETRAINING:
-        raise ValueError(
-            f"pretrain_images is {images_per_class}; it must be 0 (none), or {LEAST_PRETRAINING} or more"
-        )
+    if images_per_class < FEWEST:
+        raise ValueError(f"pretrain_images is {images_per_class}; it must be 0 (none), or {FEWEST} or more")
     name = f"synthetic-v{synthetic.VERSION}-{images_per_class}-pretraining"
     root = synthetic.make_busi(cache.folder(folder) / name, images_per_class, PRETRAINING_SEED)
     rows = split(load_index(root))

@@ -10,12 +10,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a torch device multiplies in bfloat16 natively, so that it is faster."""
+def fastest_precision(device: torch.device) -> str:
+    """Return what a torch device multiplies fastest: "bfloat16" where native, "float16", or "float32"."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     cpu = torch.cpu
-    return device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    native = device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    return "bfloat16" if native else "float32"
 
 
 @contextlib.contextmanager
@@ -27,6 +28,4 @@ def memory_advice(setting: str, value: int):
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         smaller = f"lower {setting} (now {value})" if value > 1 else "take a smaller checkpoint"
-        raise MemoryError(
-            f"out of memory: {smaller}, or load the segmenter with precision='bfloat16'"
-        ) from error
+        raise MemoryError(f"out of memory: {smaller}, or load a segmenter in precision='bfloat16'") from error

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from helpers import cache, data
-from helpers.devices import multiplies_bfloat16
+from helpers.devices import fastest_precision
 from helpers.params import check, limited
 from helpers.quiet import quiet_stderr
 
@@ -179,8 +179,7 @@ def device() -> str:
 
 def _policy(precision):
     if precision == "auto":
-        native = multiplies_bfloat16(torch.device(device()))
-        precision = "bfloat16" if native else "float16" if _GPUS else "float32"
+        precision = fastest_precision(torch.device(device()))
     return precision if precision == "float32" else f"mixed_{precision}"
 
 

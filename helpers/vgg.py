@@ -16,7 +16,7 @@ from torchvision.models import VGG, VGG16_Weights, vgg16
 from torchvision.models.vgg import cfgs, make_layers
 
 from helpers import augment, cache, data, training
-from helpers.devices import default_device, multiplies_bfloat16
+from helpers.devices import default_device, fastest_precision
 from helpers.params import SCHEDULES, limited
 
 VERSION = 3  # raise it with every change that gives other numbers: older runs are then not resumed
@@ -147,8 +147,8 @@ def fit(
     data.check_apart(train, val)
     data.check_classes(train)
     device = torch.device(default_device())
-    native = settings.precision == "auto" and multiplies_bfloat16(device)
-    mixed = native or settings.precision == "bfloat16"
+    precision = fastest_precision(device) if settings.precision == "auto" else settings.precision
+    mixed = precision == "bfloat16"
     of_data: list = [data.signature(rows) for rows in (train, val)]
     if masks:
         of_data += [np.packbits(masks[name]).tobytes() for name in (*train.image_id, *val.image_id)]

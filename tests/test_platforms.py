@@ -24,7 +24,7 @@ def test_apples_gpu_is_taken_where_it_is_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert devices.default_device() == "mps"
-    assert not devices.multiplies_bfloat16(torch.device("mps"))
+    assert devices.fastest_precision(torch.device("mps")) == "float32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.default_device() == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -428,7 +428,7 @@ def test_automatic_precision_is_what_the_processor_multiplies(monkeypatch, nativ
 
 
 def test_a_gpu_without_bfloat16_takes_float16(monkeypatch):
-    monkeypatch.setattr(sam.segmenter, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(sam.segmenter, "Segmenter", lambda *given: given[-1])
     assert sam.load("tiny", device="cuda", precision="auto") == "float16"
     assert sam.load("tiny", device="mps", precision="auto") == "float32"

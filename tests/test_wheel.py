@@ -77,11 +77,13 @@ def test_the_installed_package_reads_its_data(installed):
         "from helpers import data, pipeline, results\n"
         "print(helpers.__file__)\n"
         "print(len(results.load_all(results.committed_folder())))\n"
+        "print(*(file.name for file in results.committed_folder().glob('*.csv')))\n"
         "print((results.committed_folder() / 'bulk' / 'scaling.json').is_file())\n"
         "print(len(pipeline.load().detectors), len(pipeline.load(pipeline.BUSI_ALONE).detectors))\n"
     )
-    file, rows, runs, detectors = run(installed, code, PYTHONPATH=libraries)
+    file, rows, ablations, runs, detectors = run(installed, code, PYTHONPATH=libraries)
     assert Path(file).is_relative_to(installed.parent.parent)
     assert int(rows) == len(list((ROOT / "results").glob("*.json"))) > 0
+    assert set(ablations.split()) == {"ablation.csv", "detectors.csv"}
     assert runs == "True"
     assert detectors == "4 4"

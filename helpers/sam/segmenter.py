@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from helpers import cache
-from helpers.devices import default_device, memory_advice, multiplies_bfloat16
+from helpers.devices import default_device, fastest_precision, memory_advice
 from helpers.sam import networks
 from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
 
@@ -60,8 +60,7 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
             raise ValueError(f"{name} {value!r} is none of {', '.join(map(str, OPTIONS[name]))}")
     device = torch.device(device or default_device())
     if precision == "auto":
-        otherwise = "float16" if device.type == "cuda" else "float32"
-        precision = "bfloat16" if multiplies_bfloat16(device) else otherwise
+        precision = fastest_precision(device)
     path, title = Path(checkpoint).expanduser(), None
     name = str(path) if str(checkpoint).startswith("~") else str(checkpoint)
     if name in ("lite-medsam", "tiny"):
@@ -175,16 +174,13 @@ class Segmenter:
         return embeddings
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Run the encoder on `preprocess`ed pixels (N, 3, size, size); float32 (N, channels, h, w).
-
-        An image that overflows in float16 runs once more, in float32.
-        """
+        """Run the encoder on `preprocess`ed pixels (N, 3, size, size); float32 (N, channels, h, w)."""
         pixels = pixels.to(self.device, memory_format=torch.channels_last)
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             features = self.model.vision_encoder(pixels)[0].float()
         overflown = ~features.isfinite().flatten(1).all(1)
-        if dtype == torch.float16 and overflown.any():
+        if dtype == torch.float16 and overflown.any():  # these images once more
             features[overflown] = self.model.vision_encoder(pixels[overflown])[0]
         return features
 
@@ -244,9 +240,8 @@ class Segmenter:
     def save(self, folder) -> None:
         """Write weights and settings so that `load(folder)` gives this segmenter again.
 
-        The folder appears whole or not at all, and replaces an older one that `save` wrote. That of a ViT
-        is one for transformers' `SamModel.from_pretrained` too, and for its `SamProcessor.from_pretrained`
-        where the checkpoint takes SAM's own preprocessing.
+        The folder appears whole or not at all, and replaces an older one that `save` wrote. Of a ViT, it is
+        one for transformers' `from_pretrained` too: SamModel, and SamProcessor where SAM's own serves.
 
         Raises:
             FileExistsError: the folder holds something else.
