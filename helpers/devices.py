@@ -28,4 +28,4 @@ def memory_advice(setting: str, value: int):
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         smaller = f"lower {setting} (now {value})" if value > 1 else "take a smaller checkpoint"
-        raise MemoryError(f"out of memory: {smaller}, or load a segmenter in precision='bfloat16'") from error
+        raise MemoryError(f"out of memory: {smaller}, or take precision='bfloat16'") from error

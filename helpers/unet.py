@@ -178,8 +178,7 @@ def device() -> str:
 
 
 def _policy(precision):
-    if precision == "auto":
-        precision = fastest_precision(torch.device(device()))
+    precision = fastest_precision(torch.device(device())) if precision == "auto" else precision
     return precision if precision == "float32" else f"mixed_{precision}"
 
 

@@ -57,7 +57,7 @@ tool: no medical device, and never the ground for a decision about a patient.
 TABLES = {
     "alone": ("All of BUS-BRA that was at hand.", ("external",)),
     "ship": (
-        "BUSI's folds, then BUS-BRA's, by patient. The row of BUSI's fold 0 is this pipeline's; the others\n"
+        "BUSI's folds, then BUS-BRA's, by patient. The row of BUSI's fold 0 is this pipeline's; all others\n"
         "are of pipelines trained as this one, each without that fold of both sets.",
         ("folds", "patients"),
     ),

@@ -98,10 +98,7 @@ def folds_table(results: pd.DataFrame, source="BUSI") -> pd.DataFrame:
     folds = rows.reindex(columns=["fold", *names]).groupby("fold").first()
     if len(folds) == data.N_FOLDS:
         folds.loc["mean"] = folds.mean()
-    texts = {
-        title: [_text(value, digits) for value in folds[name]] for title, (name, digits) in columns.items()
-    }
-    return pd.DataFrame({"Test fold": folds.index.astype(str)} | texts)
+    return pd.DataFrame({"Test fold": folds.index.astype(str)} | _texts(folds, columns))
 
 
 def external_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -110,28 +107,27 @@ def external_table(results: pd.DataFrame) -> pd.DataFrame:
     columns = {"Model": rows.title, "Tested on": rows.source, "Images": rows.images.astype(str)}
     values = rows[["lesions_dice", "lesions_dice_low", "lesions_dice_high"]].itertuples(index=False)
     columns["Dice"] = [interval_text(*value) for value in values]
-    for title, (name, digits) in list(FOLDS["BUS-BRA"].items())[1:]:
-        columns[title] = [_text(value, digits) for value in rows.reindex(columns=[name])[name]]
-    return pd.DataFrame(columns)
+    rest = dict(list(FOLDS["BUS-BRA"].items())[1:])
+    return pd.DataFrame(columns | _texts(rows, rest))
 
 
-# Per file: its columns, each with a title and digits.
+# Per file of results/, the columns to show.
 VARIANTS = {
     "ablation": {
-        "kept_epoch": ("Kept epoch", ".0f"),
-        "tight_dice": ("Dice, tight box", ".4f"),
-        "tight_benign": ("benign", ".4f"),
-        "tight_malignant": ("malignant", ".4f"),
-        "jittered_dice": ("Dice, jittered box", ".4f"),
+        "Kept epoch": ("kept_epoch", ".0f"),
+        "Dice, tight box": ("tight_dice", ".4f"),
+        "benign": ("tight_benign", ".4f"),
+        "malignant": ("tight_malignant", ".4f"),
+        "Dice, jittered box": ("jittered_dice", ".4f"),
     },
     "detectors": {
-        "busi_dice": ("BUSI: Dice", ".3f"),
-        "busi_found": ("Lesions found", ".0%"),
-        "presence_auc": ("Presence AUC", ".3f"),
-        "busi_malignant_auc": ("Malignant AUC", ".3f"),
-        "busbra_dice": ("BUS-BRA: Dice", ".3f"),
-        "busbra_found": ("Lesions found", ".0%"),
-        "busbra_malignant_auc": ("Malignant AUC", ".3f"),
+        "BUSI: Dice": ("busi_dice", ".3f"),
+        "BUSI: found": ("busi_found", ".0%"),
+        "BUSI: presence AUC": ("presence_auc", ".3f"),
+        "BUSI: malignant AUC": ("busi_malignant_auc", ".3f"),
+        "BUS-BRA: Dice": ("busbra_dice", ".3f"),
+        "BUS-BRA: found": ("busbra_found", ".0%"),
+        "BUS-BRA: malignant AUC": ("busbra_malignant_auc", ".3f"),
     },
 }
 
@@ -139,10 +135,7 @@ VARIANTS = {
 def variants_table(name: str) -> pd.DataFrame:
     """Lay a file of `VARIANTS`, results/<name>.csv, out as text: what each variant gave on validation."""
     variants = pd.read_csv(folder() / f"{name}.csv")
-    parts = [variants.variant.rename("Variant")]
-    for column, (title, digits) in VARIANTS[name].items():
-        parts.append(pd.Series([_text(value, digits) for value in variants[column]], name=title))
-    return pd.concat(parts, axis=1)
+    return pd.DataFrame({"Variant": variants.variant} | _texts(variants, VARIANTS[name]))
 
 
 def tuned_table(path="") -> pd.DataFrame:
@@ -221,6 +214,14 @@ def markdown(frame: pd.DataFrame) -> str:
     """Write a DataFrame of text as a Markdown table."""
     lines = [frame.columns, ["---"] * frame.shape[1], *frame.to_numpy()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _texts(rows, columns):
+    """Return columns of text by title; `columns` has the name in `rows` and the digits of each."""
+    rows = rows.reindex(columns=[name for name, _ in columns.values()])
+    return {
+        title: [_text(value, digits) for value in rows[name]] for title, (name, digits) in columns.items()
+    }
 
 
 def _text(value, digits):

@@ -59,17 +59,8 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     monkeypatch.setattr(make_tables, "MAIN", make_tables.MAIN[:-1])  # no classifier ran
     monkeypatch.delenv("BUSBRA_DIR", raising=False)
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
-    names = (
-        "results",
-        "classes",
-        "published",
-        "leakage",
-        "folds",
-        "patients",
-        "ablation",
-        "detectors",
-        "tuned",
-    )
+    names = ["results", "classes", "published", "leakage", "folds", "patients"]
+    names += ["ablation", "detectors", "tuned"]
     (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
     tables = "between\n".join(map(block.format, names))
     for path in make_tables.READMES[2:]:  # without a block, they stay as they are
