@@ -33,20 +33,6 @@ def truth_boxes(rows: pd.DataFrame) -> Arrays:
     return {name: np.array([mask_to_box(lesion) for lesion in lesions]) for name, lesions in parts.items()}
 
 
-def typical_boxes(train: pd.DataFrame, rows: pd.DataFrame) -> Arrays:
-    """Return for each row the mean box of the lesions in `train`, for a baseline that never looks.
-
-    It takes the same shares of each image's width and height.
-    """
-
-    def sides(row):
-        return np.array(data.image_shape(row)[::-1] * 2)
-
-    lesions = data.lesions(train).itertuples()
-    shares = np.mean([mask_to_box(data.read_truth(row)) / sides(row) for row in lesions], axis=0)
-    return {row.image_id: (shares * sides(row)).astype(np.float32) for row in rows.itertuples()}
-
-
 def jitter_boxes(rows: pd.DataFrame, boxes: Arrays, pixels: float, seed=0, inward=False) -> Arrays:
     """Jitter the boxes of many images, (4,) or (N, 4) each: `jitter_box` for each of them."""
     moved = {}

@@ -94,46 +94,6 @@ def per_image(row) -> pd.DataFrame:
     return table.assign(score=(likeliest == table.label).astype(float))
 
 
-def ahead(results: pd.DataFrame) -> pd.DataFrame:
-    """Compare the largest score of each prompt or input with the next, image by image, as text.
-
-    `results` are from `select`. A prompt with one row has no line.
-    """
-    lines = []
-    for prompt in (*PROMPTS, *INPUTS):
-        rows = results[results.prompt == prompt].nlargest(2, "score")
-        if len(rows) < 2:
-            continue
-        first, second = rows.itertuples()
-        both = per_image(first).merge(per_image(second), on=["image_id", "group"], suffixes=("", "_second"))
-        gap = both.score - both.score_second
-        low, high = metrics.bootstrap_interval(gap, both.group)
-        line = {"Given": prompt, "Largest": first.title, "Next": second.title, "Score": first.score_name}
-        line["Difference"] = interval_text(gap.mean(), low, high, "+.3")
-        shown = f"{first.title} is ahead" if low > 0 else "no difference that this fold can show"
-        lines.append(line | {"Verdict": shown})
-    return pd.DataFrame(lines)
-
-
-def own_table(own: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
-    """Put the rows of your own run beside the committed ones of the same key, prompt and split, as text.
-
-    Both are from `load_all`. Two profiles, or two sets of images, are not compared: the columns only stand
-    side by side.
-    """
-    if own.empty:
-        return pd.DataFrame({"Your run": ["no result file yet; notebooks 02 to 08 write them"]})
-    places = ["key", "prompt", "split", "fold", "seed"]
-    both = own.merge(committed[[*places, "score", "low", "high"]], "left", places, suffixes=("", "_full"))
-    columns = {"Prompt or input": both.prompt, "Model": both.title, "Split": both.split}
-    columns |= {"Score": both.score_name, "Images": both.images.astype(str)}
-    name = f"Your run ({both.profile[0]}, {both.source[0]})"
-    for title, end in ((name, ""), ("Committed (full, BUSI)", "_full")):
-        values = zip(both[f"score{end}"], both[f"low{end}"], both[f"high{end}"])
-        columns[title] = [interval_text(*value) for value in values]
-    return pd.DataFrame(columns)
-
-
 def beside_published(results: pd.DataFrame) -> pd.DataFrame:
     """Put the reference project's table beside our rows of `select`, in the same losses, as text.
 
