@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -83,6 +84,29 @@ def write(target: str | Path, content: bytes | str) -> None:
     """Write bytes, or text as UTF-8, to a file that appears whole or not at all: see `atomic`."""
     with atomic(target) as scratch:
         scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_weights(path: str | Path):
+    """Read a .safetensors file, or one of torch that holds weights alone; ValueError where it is cut off."""
+    import safetensors.torch
+    import torch
+
+    try:
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        safetensors.SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+    ) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{str(path)!r} is cut off or altered, or holds more than weights ({reason}); fetch it again"
+        ) from error
 
 
 def key(*parts) -> str:

@@ -210,33 +210,6 @@ def verdict(difference: float, low: float, high: float) -> str:
     return f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]{said}"
 
 
-def compare(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Compare configs with the config `baseline`, over seeds and images.
-
-    `scores` has one row per config, seed and image: `config`, `seed`, `image_id`, `group` and `score`, as
-    from `helpers.scale.search.read_test`.
-
-    Returns:
-        DataFrame, one row per config: `config`, a column per seed, `mean`, `low` and `high` (the interval
-        over groups of each image's mean over seeds), and for the others `gain`, `gain_low` and `gain_high`
-        over the baseline on the same images.
-    """
-    by_image = scores.pivot_table(index=["image_id", "group"], columns="config", values="score")
-    groups = by_image.index.get_level_values("group")
-    table = []
-    for config, own in scores.groupby("config", sort=False):
-        row = {"config": config}
-        row |= {f"seed {seed}": part.score.mean() for seed, part in own.groupby("seed")}
-        row["mean"] = by_image[config].mean()
-        row["low"], row["high"] = bootstrap_interval(by_image[config], groups)
-        if config != baseline:
-            gain = by_image[config] - by_image[baseline]
-            low, high = bootstrap_interval(gain, groups)
-            row |= {"gain": gain.mean(), "gain_low": low, "gain_high": high}
-        table.append(row)
-    return pd.DataFrame(table)
-
-
 def jitter_curve(rows, boxes, models: dict, pixels=(0, 10, 20, 30), seed=0) -> pd.DataFrame:
     """Mean Dice with its 95 % interval against the largest shift of each side of the box, in pixels.
 

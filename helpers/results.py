@@ -194,11 +194,16 @@ def trained(history: pd.DataFrame, config: dict) -> dict:
     """Sum the history of a `fit` up for `details`: its config, the epoch kept and its losses, the time."""
     best = history[history.best].iloc[0]
     losses = {name: round(float(best[name]), 5) for name in history if name.startswith(("train_", "val_"))}
-    return config | {
+    return plain(config) | {
         "best_epoch": int(best.epoch),
         "kept": {name: value for name, value in losses.items() if value == value},
         "seconds": round(float(history.seconds.sum()), 1),
     }
+
+
+def plain(config: dict) -> dict:
+    """Return a config as a result file has it: of a file of weights, the name alone."""
+    return config | ({"weights": Path(config["weights"]).name} if "weights" in config else {})
 
 
 def _nested(summary):

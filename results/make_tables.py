@@ -11,8 +11,9 @@ import pandas as pd
 
 from helpers import cache, data, metrics, pipeline, plots
 from helpers.metrics import interval_text
-from helpers.results import folder, load_all, opened, select
-from helpers.tables import beside_published, class_table, leakage_table, table
+from helpers.results import INPUTS, folder, load_all, opened, select
+from helpers.scale import search
+from helpers.tables import beside_published, class_table, leakage_table, per_image, table
 
 READMES = (
     "README.md",
@@ -111,8 +112,61 @@ def external_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns | _texts(rows, rest))
 
 
+CLASSIFIER = {
+    "Accuracy": ("all_accuracy", ".3f"),
+    "Macro AUC": ("all_macro_auc", ".3f"),
+    "Malignant sensitivity": ("all_sensitivity", ".3f"),
+    "Calibration error": ("all_calibration_error", ".3f"),
+}
+
+
+def vgg_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Show VGG-16, image alone, on each test fold of the grouped split: means over the seeds, as text.
+
+    Args:
+        results: DataFrame from `load_all`.
+
+    Returns:
+        DataFrame, one row per fold and one of their mean: test fold, each seed's accuracy, the columns of
+        `CLASSIFIER`, and accuracy and macro AUC of the seeds' mean probabilities. The mean has the interval
+        of the accuracy over all images of all folds in place of the seeds. No row where nothing was scored.
+    """
+    wanted = {"prompt": INPUTS[0], "split": "grouped", "source": "BUSI"}
+    rows = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)].sort_values("seed")
+    rows = rows[
+        rows.key.isin(["vgg", "vgg-mean"]) & (rows.images == rows.groupby("fold").images.transform("max"))
+    ]
+    names = [name for name, _ in CLASSIFIER.values()]
+    single, together = rows[rows.key == "vgg"], rows[rows.key == "vgg-mean"].set_index("fold")
+    if single.empty:
+        return pd.DataFrame(columns=["Test fold"])
+    folds = single.groupby("fold")[names].mean()
+    folds = folds.join(together.reindex(columns=names[:2]).add_suffix("_together"))
+    seeds = [", ".join(f"{score:.3f}" for score in single.score[single.fold == fold]) for fold in folds.index]
+    images = pd.concat([per_image(row) for row in single.itertuples()])
+    images = images.groupby(["image_id", "group"]).score.mean().reset_index()
+    low, high = metrics.bootstrap_interval(images.score, images.group)
+    folds.loc["mean"] = folds.mean()
+    shown = {
+        "Test fold": folds.index.astype(str),
+        "Accuracy of each seed": [*seeds, f"[{low:.3f}, {high:.3f}]"],
+    }
+    both = {
+        f"Seeds together: {title.lower()}": (f"{name}_together", ".3f")
+        for title, (name, _) in list(CLASSIFIER.items())[:2]
+    }
+    return pd.DataFrame(shown | _texts(folds, CLASSIFIER | both))
+
+
 # Per file of results/, the columns to show.
 VARIANTS = {
+    "vgg": {
+        "Loss": ("loss", ".3f"),
+        "Accuracy": ("accuracy", ".3f"),
+        "Macro AUC": ("macro_auc", ".3f"),
+        "Malignant sensitivity": ("sensitivity", ".3f"),
+        "Calibration error": ("calibration_error", ".3f"),
+    },
     "ablation": {
         "Kept epoch": ("kept_epoch", ".0f"),
         "Dice, tight box": ("tight_dice", ".4f"),
@@ -165,7 +219,7 @@ def tuned_table(path="") -> pd.DataFrame:
     rows = []
     for each in parts.values():
         scores = pd.concat(each, ignore_index=True)
-        for row in metrics.compare(scores, "default").to_dict("records"):
+        for row in search.compare(scores, "default").to_dict("records"):
             line = {"Model": scores.title[0], "Config": row["config"]}
             line |= {"Images": str(scores.image_id.nunique()), "Score": scores.measure[0]}
             line["Mean of the seeds"] = interval_text(row["mean"], row["low"], row["high"])
@@ -189,6 +243,8 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "external": external_table(results),
         "ablation": variants_table("ablation"),
         "detectors": variants_table("detectors"),
+        "vgg": vgg_table(results),
+        "vgg-variants": variants_table("vgg"),
         "tuned": tuned_table(),
     }
 

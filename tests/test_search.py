@@ -364,3 +364,18 @@ def test_figures_are_closed_quiet_and_leave_the_style_alone(searched, lesions, c
     assert plt.rcParams == before
     assert plt.get_fignums() == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_configs_are_compared_on_the_same_images():
+    rows = [
+        {"config": config, "seed": seed, "image_id": k, "group": k, "score": 0.1 * k + gain}
+        for config, gain in (("default", 0.0), ("winner", 0.2))
+        for seed in (0, 1)
+        for k in range(5)
+    ]
+    default, winner = search.compare(pd.DataFrame(rows), "default").to_dict("records")
+    assert default["mean"] == pytest.approx(0.2)
+    assert default["seed 1"] == pytest.approx(0.2)
+    assert winner["gain"] == pytest.approx(0.2)
+    assert winner["gain_low"] == pytest.approx(0.2)  # paired: the images' spread cancels
+    assert winner["low"] < winner["mean"] < winner["high"]

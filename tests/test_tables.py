@@ -60,7 +60,7 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     monkeypatch.delenv("BUSBRA_DIR", raising=False)
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
     names = ["results", "classes", "published", "leakage", "folds", "patients"]
-    names += ["ablation", "detectors", "tuned"]
+    names += ["ablation", "detectors", "vgg", "vgg-variants", "tuned"]
     (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
     tables = "between\n".join(map(block.format, names))
     for path in make_tables.READMES[2:]:  # without a block, they stay as they are
@@ -74,6 +74,9 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     (tmp_path / "results/detectors.csv").write_text(
         "variant,presence_auc,busi_dice,busi_found,busi_malignant_auc,"
         "busbra_dice,busbra_found,busbra_malignant_auc\nmore,0.9,0.71,0.72,0.8,0.61,0.62,0.7\n"
+    )
+    (tmp_path / "results/vgg.csv").write_text(
+        "variant,loss,accuracy,macro_auc,sensitivity,calibration_error\nless,0.41,0.83,0.94,0.9,0.05\n"
     )
     for module in (results, make_tables):
         monkeypatch.setattr(module, "folder", lambda path="", profile="full": tmp_path / "results")
@@ -168,6 +171,22 @@ def test_a_pipeline_is_shown_on_each_fold_with_their_mean(filled, index, tmp_pat
     assert table["Nothing segmented"].iloc[-1] == "2.0%"
     assert table["Normal images marked"].iloc[-1] == "25%"
     assert table.Accuracy.iloc[-1] == "1.000"
+
+
+def test_vgg_is_shown_on_each_fold_with_its_seeds(index, tmp_path):
+    rows = data.scored(data.split(index), "test")
+    truth = np.eye(3)[[data.LABELS.index(label) for label in rows.label]] * 0.7 + 0.1
+    wrong = truth[:, [1, 2, 0]]
+    for fold, seed, key, answer in ((0, 0, "vgg", truth), (0, 1, "vgg", wrong), (0, 0, "vgg-mean", truth)):
+        about = {"key": key, "title": key, "prompt": "image alone"}
+        results.Recorder(rows.assign(source="BUSI"), seed, fold, path=tmp_path).classification(
+            answer, **about
+        )
+    first, mean = make_tables.vgg_table(results.load_all(tmp_path)).to_dict("records")
+    assert first["Accuracy of each seed"] == "1.000, 0.000"
+    assert first["Accuracy"] == mean["Accuracy"] == "0.500"
+    assert first["Seeds together: accuracy"] == "1.000"
+    assert mean["Accuracy of each seed"] == "[0.500, 0.500]"
 
 
 def test_external_rows_have_a_table_of_their_own(index, tmp_path):

@@ -3,13 +3,13 @@
 import contextlib
 import hashlib
 import json
-import pickle
 import re
 import warnings
 from pathlib import Path
 
 import torch
 
+from helpers import cache
 from helpers.sam.preprocess import PREPROCESSING, Preprocessing
 
 MARKER = "segmenter.json"  # in a folder that Segmenter.save wrote
@@ -110,14 +110,7 @@ def from_file(path, family=None):
     Its weights may be wrapped in {"model": ...} and named "module....". See `helpers.sam.load` for `family`,
     and for the errors.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"checkpoint {str(path)!r} is cut off or altered, or holds more than weights ({reason}); "
-            "fetch it again"
-        ) from error
+    state = cache.read_weights(path)
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, dict) else {}
     state = {

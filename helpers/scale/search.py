@@ -121,7 +121,7 @@ def save(task: Task, trials: pd.DataFrame, name: str, path: str | Path = "") -> 
     for subset, rows in (("train", task.train), ("val", task.val)):
         about[subset] = {"images": len(rows), "signature": task.signatures[subset]}
     header = {"format": results.FORMAT, "key": name, "title": model.title, "measure": model.measure}
-    header |= {"data": about, "settings": task.fixed, "date": str(pd.Timestamp.now().date())}
+    header |= {"data": about, "settings": results.plain(task.fixed), "date": str(pd.Timestamp.now().date())}
     # Each trial notes device and versions, for a cluster may mix them; mostly all are the same.
     machines = trials[["device", "versions"]].to_dict("records")
     known = [machine for k, machine in enumerate(machines) if machine not in machines[:k]]
@@ -220,7 +220,7 @@ def read_test(
         path, profile: as for `helpers.results.folder`.
 
     Returns:
-        DataFrame for `helpers.metrics.compare`, one row per config, seed and image: `config`, `seed`,
+        DataFrame for `compare`, one row per config, seed and image: `config`, `seed`,
         `image_id`, `group` and `score`: the Dice, lesion images only, or 1 where the class is right, else 0.
     """
     parts, title = [], MODELS[task.model].title
@@ -241,6 +241,29 @@ def read_test(
         found = rows[["image_id", "group"]].assign(config=name, seed=seed, score=score.astype(float))
         parts.append(found if task.model == "vgg" else found[rows.label != "normal"])
     return pd.concat(parts, ignore_index=True)
+
+
+def compare(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Compare configs with the config `baseline`, over seeds and images.
+
+    `scores` are from `read_test`. Returns a DataFrame, one row per config: `config`, a column per seed,
+    `mean`, `low` and `high` (the interval over groups of each image's mean over seeds), and for the others
+    `gain`, `gain_low` and `gain_high` over the baseline on the same images.
+    """
+    by_image = scores.pivot_table(index=["image_id", "group"], columns="config", values="score")
+    groups = by_image.index.get_level_values("group")
+    table = []
+    for config, own in scores.groupby("config", sort=False):
+        row = {"config": config}
+        row |= {f"seed {seed}": part.score.mean() for seed, part in own.groupby("seed")}
+        row["mean"] = by_image[config].mean()
+        row["low"], row["high"] = metrics.bootstrap_interval(by_image[config], groups)
+        if config != baseline:
+            gain = by_image[config] - by_image[baseline]
+            low, high = metrics.bootstrap_interval(gain, groups)
+            row |= {"gain": gain.mean(), "gain_low": low, "gain_high": high}
+        table.append(row)
+    return pd.DataFrame(table)
 
 
 # What a search is made of

@@ -16,7 +16,7 @@ BOUND = 0.10
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--width", type=int, default=unet.default_width())
+    parser.add_argument("--width", type=int, default=16)
     options = parser.parse_args()
     index = data.load_dataset()
     split = data.split(index)
