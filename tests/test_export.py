@@ -2,11 +2,17 @@
 
 import copy
 import dataclasses
+import functools
+import http.server
 import json
 import re
 import shutil
+import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import cv2
 import numpy as np
 import onnxruntime
 import pytest
@@ -19,6 +25,7 @@ from helpers.pipeline import cli, detector, diagnosis, export
 
 FILES = {f"{name}.onnx" for name in ("detector", "encoder", "decoder", "classifier")}
 FILES |= {"pipeline.json", "README.md", "index.html"}
+ROOT = Path(export.__file__).parents[2]
 CARD = {"data": "simulated images", "training_images": 24, "test_fold": 0}
 
 
@@ -156,6 +163,12 @@ def test_the_code_in_the_card_runs(built, exported, index, tmp_path, monkeypatch
     np.testing.assert_allclose(found["answers"], answers, atol=0.01)
 
 
+def test_the_files_tell_nothing_of_this_machine(exported):
+    for path in exported.iterdir():
+        assert b"site-packages" not in path.read_bytes(), path.name
+        assert str(ROOT).encode() not in path.read_bytes(), path.name
+
+
 def test_the_folder_appears_whole_or_not_at_all(weights, exported, tmp_path, monkeypatch):
     assert {path.name for path in exported.iterdir()} == FILES
     folder = shutil.copytree(exported, tmp_path / "onnx")
@@ -205,3 +218,75 @@ def test_a_folder_of_images_may_be_called_export(weights, index, tmp_path, monke
     assert (tmp_path / "out" / "masks" / "frame.png").is_file()
     with pytest.raises(SystemExit):
         cli.main(["export", "--out", "out", "--weights", str(weights)])
+
+
+# The page
+
+
+PAGE = export.TEMPLATES / "index.html"
+
+
+def test_the_page_names_files_that_exist(exported):
+    text = (exported / "index.html").read_text("utf-8")
+    assert text == PAGE.read_text("utf-8")
+    named = set(re.findall(r"[\w-]+\.(?:onnx|json|md)\b", text))
+    assert named == {name for name in FILES if name != "index.html"}
+    assert "not uploaded" in text
+    assert "Research only: no medical device" in text
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Folder with page.mjs, the page's ONNX Runtime and playwright-core from npm; path of a browser."""
+    program = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if not program or not shutil.which("npm"):
+        pytest.skip(
+            "the page needs npm, and chromium or google-chrome, such as `apt-get install chromium npm`"
+        )
+    folder = tmp_path_factory.mktemp("browser")
+    [version] = re.findall(r"onnxruntime-web@[\d.]+\d", PAGE.read_text("utf-8"))
+    words = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder)]
+    done = subprocess.run([*words, version, "playwright-core@1"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"npm could not install {version} and playwright-core: {done.stderr[-300:]}")
+    shutil.copy(ROOT / "tests" / "page.mjs", folder)
+    return folder, program
+
+
+@pytest.mark.parametrize("shape", [(141, 190), (90, 60), (50, 40)])  # the network sees 64 pixels
+def test_the_page_computes_what_torch_does(built, exported, browser, index, tmp_path, shape):
+    modules, program = browser
+    site = shutil.copytree(exported, tmp_path / "site")
+    (site / "ort").mkdir()
+    for name in ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"):
+        assert f"`{name}`" in (exported / "README.md").read_text("utf-8")
+        shutil.copy(modules / "node_modules/onnxruntime-web/dist" / name, site / "ort")
+    image = cv2.resize(data.read_image(data.lesions(index).image_path.iloc[0]), shape[::-1])
+    Image.fromarray(image).save(tmp_path / "frame.png")
+    handler = functools.partial(Quiet, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        words = ["node", str(modules / "page.mjs"), url, str(tmp_path / "frame.png"), program]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        finally:
+            server.shutdown()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["errors"] == []
+    assert found["state"].startswith("frame.png: "), found["state"]
+    assert all(address.startswith((url, "blob:")) for address in found["addresses"])
+    assert not found["tooWide"]
+    pixels, sector = detector.inputs(image, 64)
+    assert sector == (0, 0, *shape[::-1])
+    lesion_map, answers = detector.predict(built.detectors, pixels[None, None])
+    np.testing.assert_allclose(np.reshape(found["pixels"], (64, 64)), pixels, atol=1)
+    np.testing.assert_allclose(np.reshape(found["map"], (16, 16)), lesion_map[0], atol=0.01)
+    np.testing.assert_allclose(found["answers"], answers[0], atol=0.01)
+    assert found["shown"] == [f"{value:.0f} %" for value in np.multiply(found["answers"], 100)]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass

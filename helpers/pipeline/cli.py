@@ -18,22 +18,23 @@ from helpers.pipeline.files import frame_numbers, is_image, read_noting, walk
 COLUMNS = ("file", "frame", "mask", "answer", *data.LABELS, "prediction_set", "lesions", "area_share")
 COLUMNS += ("confidence", "boxes", "warnings", "error")
 FOLDERS = ("masks", "overlays")
-EXPORT = "`export --onnx FOLDER` writes it as ONNX files instead; images in a folder of that name: ./export"
+EXPORT = (
+    "`export --onnx FOLDER` writes the pipeline as ONNX files instead; a folder called export is ./export"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Segment and classify images; exit with 1 where a file could not be read, 2 where nothing was done."""
     words = sys.argv[1:] if arguments is None else arguments
-    exporting = words[:1] == ["export"]
     parser = argparse.ArgumentParser("python -m helpers.pipeline", description=main.__doc__, epilog=EXPORT)
-    if exporting:
+    parser.add_argument("--weights", help="folder of a pipeline; by default the package's own")
+    if exporting := words[:1] == ["export"]:
         parser.add_argument("export", help="write the pipeline for other tools")
         parser.add_argument("--onnx", required=True, help="folder to write")
     else:
         parser.add_argument("images", nargs="+", type=Path, help="images, or folders with subfolders")
         parser.add_argument("--out", required=True, type=Path, help="folder for masks, overlays, CSV")
-        parser.add_argument("--frame", type=frame_choice, help="where a file has several: a number, or 'all'")
-    parser.add_argument("--weights", help="folder of a pipeline; by default the package's own")
+        parser.add_argument("--frame", type=frame_choice, help="of several: a number from 0, or 'all'")
     options = parser.parse_args(words)
     try:
         if exporting:

@@ -471,5 +471,4 @@ def load(path) -> LesionDetector:
         raise FileNotFoundError(f"{path} does not exist; Pipeline.save writes it") from None
     except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no LesionDetector: {error}") from error
-    detector = detector.to(memory_format=torch.channels_last)
-    return detector.to(default_device()).eval()
+    return detector.to(default_device(), memory_format=torch.channels_last).eval()

@@ -1,7 +1,4 @@
-"""Write a pipeline as ONNX files, with a model card and a page for the browser, both from `exported/`.
-
-`python -m helpers.pipeline export --onnx FOLDER` does it.
-"""
+"""A pipeline as ONNX files, with model card and page: `python -m helpers.pipeline export --onnx FOLDER`."""
 
 import collections
 import dataclasses
@@ -46,23 +43,22 @@ def to_onnx(folder: str | Path, weights: str | Path | None = None) -> None:
     embedding, box = segmenter.encode(seen), torch.tensor([[0.0, 0.0, side / 2, side / 2]] * 2)
     features = torch.zeros(2, len(diagnosis.FEATURES) + 2 * embedding.shape[1])
     ask, classify = functools.partial(detector.ask, detectors), _classifier(pipe.classifier, features)
-    model, prompt = [segmenter.model], {"embedding": embedding, "box": box}
+    model = [segmenter.model]
     about = {"size": size, "cell": cell, "percentile": detector.PERCENTILE, "map": size // cell, "side": side}
     about |= {"channels": embedding.shape[1], "cells": embedding.shape[2], "grid": segmenter.grid}
     about |= {"features": features.shape[1], "preprocessing": dataclasses.asdict(segmenter.preprocessing)}
     settings, card = pipe.settings() | {"onnx": about}, weights / "README.md"
-    known = settings | pipe.card | about | {"segmenter": segmenter.title}
-    known["card"] = card.read_text("utf-8") if card.is_file() else "It has none."
+    known = collections.defaultdict(lambda: "unknown", settings | pipe.card | about)
+    known |= {"segmenter": segmenter.title, "card": card.read_text("utf-8") if card.is_file() else "None."}
     with cache.atomic(folder) as new:
         shutil.copytree(TEMPLATES, new)
         _write(new / "detector.onnx", ask, detectors, {"pixels": pixels}, "lesion_map", "answers")
         _write(new / "encoder.onnx", segmenter.encode, model, {"pixels": seen}, "embedding")
-        _write(new / "decoder.onnx", segmenter.decode, model, prompt, "logits")
+        _write(new / "decoder.onnx", segmenter.decode, model, {"embedding": embedding, "box": box}, "logits")
         _write(new / "classifier.onnx", classify, [], {"features": features}, "probabilities")
         (new / pipeline.SETTINGS).write_text(f"{json.dumps(settings, indent=1)}\n", "utf-8")
-        text = string.Template((TEMPLATES / "README.md").read_text("utf-8"))
-        known = collections.defaultdict(lambda: "unknown", known)
-        (new / "README.md").write_text(text.substitute(known), "utf-8")
+        text = string.Template((new / "README.md").read_text("utf-8")).substitute(known)
+        (new / "README.md").write_text(text, "utf-8")
 
 
 def _classifier(diagnosed, features):
@@ -84,6 +80,8 @@ def _write(path, function, parts, inputs, *outputs):
     network = torch.nn.Module()
     network.parts, network.forward = torch.nn.ModuleList(parts), function
     shapes = ({0: "N"}, {0: torch.export.Dim.DYNAMIC})[: len(inputs)]
-    names = {"input_names": list(inputs), "output_names": outputs}
-    how = {"dynamo": True, "dynamic_shapes": shapes, "external_data": False, "verbose": False}
-    torch.onnx.export(network.eval(), tuple(inputs.values()), path, **names, **how)
+    how = {"input_names": list(inputs), "output_names": outputs, "dynamic_shapes": shapes}
+    program = torch.onnx.export(network.eval(), tuple(inputs.values()), dynamo=True, verbose=False, **how)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # the paths of this machine among them
+    program.save(path, external_data=False)
