@@ -126,7 +126,7 @@ def test_the_settings_are_the_pipelines_with_the_preprocessing(weights, exported
         "cell": 4,
         "percentile": 99,
     }
-    assert own["preprocessing"]["input_size"] == own["side"] == 128
+    assert (own["input_size"], own["resample"], own["intensity"]) == (128, "bilinear", "mean-std")
 
 
 def test_the_card_is_one_for_the_hub(exported):
