@@ -28,7 +28,7 @@ ORDER += ("test_finetune", "test_execute", "test_", "06")
 
 # Besides the notebooks, `make test-fast` leaves out Ray, kernels, other processes and long trainings: these
 # files, and tests with such words in their names.
-SLOW_FILES = ("test_search", "test_bulk", "test_execute", "test_wheel")
+SLOW_FILES = ("test_search", "test_bulk", "test_execute", "test_wheel", "test_export")
 SLOW_FILES += ("test_train", "test_detector", "test_finetune", "test_training")
 SLOW_NAMES = re.compile(
     "stopped_run|finished_run|learns|learnt|processes_build|one_process|half_precision|bfloat16"

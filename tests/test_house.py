@@ -84,7 +84,7 @@ def test_the_core_and_the_whole_are_small():
     for file, path in FILES.items():
         size[wing(module_name(file))] += lines(path)
     assert size["core"] <= 5200, size
-    assert sum(size.values()) <= 8600, size
+    assert sum(size.values()) <= 8750, size
 
 
 def test_no_file_is_long():

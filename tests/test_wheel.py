@@ -57,8 +57,9 @@ def test_the_package_and_its_files_arrive(installed):
         "print(*(path.name for path in root.iterdir()))\n"
         "weights = root / 'pipeline' / 'weights'\n"
         "print(*(path.relative_to(weights).as_posix() for path in weights.rglob('*')))\n"
+        "print(*(path.name for path in (root / 'pipeline' / 'exported').iterdir()))\n"
     )
-    root, version, top, weights = run(installed, code)
+    root, version, top, weights, exported = run(installed, code)
     assert Path(root).is_relative_to(installed.parent.parent)
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
     ours = {path.name for path in (ROOT / "helpers").iterdir()} - {"__pycache__", "README.md"}
@@ -68,6 +69,7 @@ def test_the_package_and_its_files_arrive(installed):
     expected = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     assert {"pipeline.json", "busi-alone/pipeline.json"} <= expected
     assert set(weights.split()) == expected
+    assert set(exported.split()) == {"README.md", "index.html"}
 
 
 def test_the_installed_package_reads_its_data(installed):

@@ -144,7 +144,11 @@ class Pipeline:
         folder = Path(folder)
         for number, member in enumerate(self.detectors):
             detector.save(member, folder / f"detector-{number}.safetensors")
-        settings = {
+        cache.write(folder / SETTINGS, f"{json.dumps(self.settings(), indent=1)}\n")
+
+    def settings(self) -> dict:
+        """Return all but the networks, for JSON."""
+        return {
             "version": VERSION,
             "segmenter": self.segmenter.checkpoint,
             "detectors": len(self.detectors),
@@ -157,7 +161,6 @@ class Pipeline:
             },
             "card": self.card,
         }
-        cache.write(folder / SETTINGS, f"{json.dumps(settings, indent=1)}\n")
 
 
 def load(folder: str | Path | None = None, device=None, precision: str = "auto") -> Pipeline:

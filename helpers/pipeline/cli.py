@@ -12,25 +12,37 @@ from PIL import Image
 from tqdm import tqdm
 
 from helpers import cache, data, dicom, images, pipeline
+from helpers.pipeline import export
 from helpers.pipeline.files import frame_numbers, is_image, read_noting, walk
 
 COLUMNS = ("file", "frame", "mask", "answer", *data.LABELS, "prediction_set", "lesions", "area_share")
 COLUMNS += ("confidence", "boxes", "warnings", "error")
 FOLDERS = ("masks", "overlays")
+EXPORT = (
+    "`export --onnx FOLDER` writes the pipeline as ONNX files instead; a folder called export is ./export"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Segment and classify images; exit with 1 where a file could not be read, 2 where nothing was done."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.pipeline", description=main.__doc__)
-    parser.add_argument("images", nargs="+", type=Path, help="images, or folders with subfolders")
-    parser.add_argument("--out", required=True, type=Path, help="folder for masks, overlays, CSV")
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("python -m helpers.pipeline", description=main.__doc__, epilog=EXPORT)
     parser.add_argument("--weights", help="folder of a pipeline; by default the package's own")
-    parser.add_argument("--frame", type=frame_choice, help="of files with several: a number from 0, or 'all'")
-    options = parser.parse_args(arguments)
-    out = options.out.expanduser()
+    if exporting := words[:1] == ["export"]:
+        parser.add_argument("export", help="write the pipeline for other tools")
+        parser.add_argument("--onnx", required=True, help="folder to write")
+    else:
+        parser.add_argument("images", nargs="+", type=Path, help="images, or folders with subfolders")
+        parser.add_argument("--out", required=True, type=Path, help="folder for masks, overlays, CSV")
+        parser.add_argument("--frame", type=frame_choice, help="of several: a number from 0, or 'all'")
+    options = parser.parse_args(words)
     try:
+        if exporting:
+            export.to_onnx(options.onnx, options.weights)
+            return 0
+        out = options.out.expanduser()
         return run_folder(pipeline.load(options.weights), find(options.images, out), out, options.frame)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         say(f"error: {dicom.cause(error)}", sys.stderr)
         return 2
 

@@ -26,6 +26,7 @@ from helpers.pipeline import geometry
 VERSION = 9  # raise it with every change that gives other numbers: older runs are then made again
 STEP = 32  # the network's size is a multiple of it: the deepest level is at 1/32
 COARSE = 4  # a cell of the lesion map is COARSE x COARSE pixels of the network's input
+PERCENTILE = 99  # of a frame's pixels: what is brighter is white
 BACKBONE = "tf_efficientnet_lite0"  # timm's name
 KEPT = 5  # of its seven stages: down to 1/16
 FROZEN = 2  # of these, and the stem: left as ImageNet made them, which halves the training time
@@ -201,7 +202,7 @@ def inputs(image: np.ndarray, size: int) -> tuple[torch.Tensor, tuple[int, int, 
     sector = geometry.sector(image)
     grey = cv2.cvtColor(_inside(image, sector), cv2.COLOR_RGB2GRAY).astype(np.float32)
     grey = grey if max(grey.shape) < size else _resize(grey, *_sides(grey.shape, size))
-    low, high = grey.min(), np.percentile(grey, 99)
+    low, high = grey.min(), np.percentile(grey, PERCENTILE)
     shown = ((grey - low) / max(high - low, 1) * 255).clip(max=255).round().astype(np.uint8)
     return torch.from_numpy(_letterbox(shown, size)), sector
 
@@ -429,15 +430,17 @@ def predict(detectors: list[LesionDetector], pixels, batch_size: int = 16) -> tu
         mean of all answers.
     """
     device = next(detectors[0].parameters()).device
-    maps, answers = [], []
-    for part in pixels.split(batch_size):
-        both = torch.cat([part, part.flip(-1)]).float()
-        seen = both.to(device, memory_format=torch.channels_last) / 255
-        map_logits, logits = (torch.stack(each) for each in zip(*[one.eval()(seen) for one in detectors]))
-        direct, mirrored = map_logits.sigmoid().mean(0)[:, 0].chunk(2)
-        maps.append((direct + mirrored.flip(-1)) / 2)
-        answers.append(torch.stack(logits.sigmoid().mean(0).chunk(2)).mean(0))
-    return torch.cat(maps).cpu().numpy(), torch.cat(answers).cpu().numpy()
+    parts = [ask(detectors, part.to(device)) for part in pixels.split(batch_size)]
+    return tuple(torch.cat(each).cpu().numpy() for each in zip(*parts))
+
+
+def ask(detectors, pixels):
+    """Do what `predict` does on one batch of tensors; it is what `helpers.pipeline.export` exports."""
+    both = torch.cat([pixels, pixels.flip(-1)]).float().contiguous(memory_format=torch.channels_last) / 255
+    logits = zip(*[each.eval()(both) for each in detectors])
+    found = (torch.stack(part).sigmoid().mean(0).unflatten(0, (2, pixels.shape[0])) for part in logits)
+    (direct, mirrored), answers = found
+    return (direct + mirrored.flip(-1))[:, 0] / 2, answers.mean(0)
 
 
 def save(detector: LesionDetector, path) -> None:
@@ -468,5 +471,4 @@ def load(path) -> LesionDetector:
         raise FileNotFoundError(f"{path} does not exist; Pipeline.save writes it") from None
     except (safetensors.SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no LesionDetector: {error}") from error
-    detector = detector.to(memory_format=torch.channels_last)
-    return detector.to(default_device()).eval()
+    return detector.to(default_device(), memory_format=torch.channels_last).eval()
