@@ -5,9 +5,9 @@ Lessons use the core. Settings: `params`. Images: `data`, `images`, `dicom`, `sy
 `training`. Scores: `metrics`, `results`, `tables`, `plots`. Below them: `cache`, `devices`, `quiet`.
 
 Two wings are for later; the core never imports from them. `pipeline` (notebooks 07 and 08): from an image to
-masks and diagnosis, in `files`, `geometry`, `detector`, `diagnosis`, `train`, `evaluate`, `external`, `export`,
-`robustness`, `plot` and `cli`. `scale` (notebooks 09 and 10, `requirements-scale.txt`): `search`, `bulk`,
-`ray_cluster`, `shards`, `task` and `plot`. Each module's first lines say what it holds.
+masks and diagnosis, in `files`, `geometry`, `detector`, `diagnosis`, `train`, `evaluate`, `external`,
+`export`, `robustness`, `plot` and `cli`. `scale` (notebooks 09 and 10, `requirements-scale.txt`): `search`,
+`bulk`, `ray_cluster`, `shards`, `task` and `plot`. Each module's first lines say what it holds.
 
 Importing `helpers` loads neither torch nor tensorflow; each module loads what it needs.
 """
