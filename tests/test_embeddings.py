@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import multiprocessing
 
 import numpy as np
@@ -181,6 +182,18 @@ def test_a_full_disk(tiny, rows, tmp_path, monkeypatch):
             embeddings.embed_rows(tiny, rows, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert len(embeddings.embed_rows(tiny, rows, tmp_path)) == 3
+
+
+def test_one_tensor_lies_in_its_file_as_ever(tiny, rows, tmp_path):
+    """So that files of earlier versions are read."""
+    from safetensors import safe_open
+
+    embeddings.embed_rows(tiny, rows.iloc[:1], tmp_path)
+    with safe_open(files(tmp_path)[0], "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        assert list(file.keys()) == ["features"]
+        assert file.get_slice("features").get_shape() == about["shape"]
+    assert about.keys() == {"image", "shape", "image_size", "resized", "seconds"}
 
 
 def test_half_the_memory_of_the_features(tiny, rows, tmp_path):

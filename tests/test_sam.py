@@ -335,12 +335,12 @@ def test_unknown_names(tmp_path):
 
 
 def test_hub_that_does_not_answer(monkeypatch):
-    from transformers import SamModel
+    from transformers import SamConfig
 
     def fail(*arguments, **settings):
         raise OSError("We couldn't connect to the Hub\nmore lines")
 
-    monkeypatch.setattr(SamModel, "from_pretrained", fail)
+    monkeypatch.setattr(SamConfig, "get_config_dict", fail)
     with pytest.raises(FileNotFoundError, match="'facebook/sam-vit-base' could not be had.*give its folder"):
         sam.load("facebook/sam-vit-base")
 
