@@ -63,6 +63,21 @@ def test_a_batch_need_not_be_full(tiny, rows, tmp_path, encoder_runs):
     assert len(encoder_runs) == len(files(tmp_path)) == 3
 
 
+def test_on_a_gpu_several_batches_are_handed_over(tiny, index, tmp_path, monkeypatch):
+    rows, sizes, embed = data.lesions(index).iloc[:5], [], tiny.embed
+
+    def on_a_cpu(images):
+        sizes.append(len(images))
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, "device", torch.device("cpu"))
+            return embed(images)
+
+    monkeypatch.setattr(tiny, "embed", on_a_cpu)
+    monkeypatch.setattr(tiny, "device", torch.device("cuda"))
+    assert list(embeddings.embed_rows(tiny, rows, tmp_path)) == list(rows.image_id)
+    assert sizes == [4, 1]  # the batch size is 1
+
+
 def test_the_key_is_the_content(tiny, index, tmp_path, encoder_runs):
     rows = index.iloc[:1]
     embeddings.embed_rows(tiny, rows, tmp_path)

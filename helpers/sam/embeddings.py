@@ -56,6 +56,8 @@ def embed_rows(
     """
     target = cache.folder(folder) / "embeddings" / encoder_hash(segmenter)
     found, missing, damaged = {}, [], 0
+    # On a GPU several batches at once, so that `embed` can prepare one while the encoder runs.
+    at_once = segmenter.batch_size * (1 if segmenter.device.type == "cpu" else 4)
     progress = tqdm(rows.itertuples(), "embedding", len(rows), unit="image", file=sys.stdout, disable=quiet)
 
     def make():
@@ -74,7 +76,7 @@ def embed_rows(
         if not found[row.image_id]:
             damaged += path.exists()
             missing.append((row.image_id, path, image))
-        if len(missing) == segmenter.batch_size:
+        if len(missing) == at_once:
             make()
     if missing:
         make()

@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,9 @@ from helpers.sam import networks
 from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
 
 OPTIONS = {"precision": ("float32", "bfloat16", "float16", "auto"), "family": (None, "sam", "medsam")}
+# Bytes on a GPU for an image of 1024 x 1024, estimated: in float32, the attention of SAM's largest ViT to a
+# whole image takes 1.1 GB (16 heads, 4096 x 4096), and may be held three times.
+MEMORY = 3 * 2**30
 
 
 def default_checkpoint(wanted: str = "wanglab/medsam-vit-base") -> str:
@@ -137,19 +142,23 @@ class Segmenter:
         device: torch device.
         precision: "float32", "bfloat16" or "float16"; `predict` decodes in float32.
         grid: side of the logits, pixels.
-        batch_size: images per forward pass: 8 on a GPU; 1 on a CPU, whose caches hold one image
-            (8 take half as long again per image there, and 2 GB more).
+        batch_size: images per forward pass: 1 on a CPU, whose caches hold one image (8 take half as long
+            again per image there, and 2 GB more); on a GPU 1 to 8, one for each `MEMORY` that is free.
     """
 
     def __init__(self, model, preprocessing, checkpoint, device, title=None, precision="float32"):
         # Channels last: the same numbers from a faster encoder on a CPU.
-        model = model.to(device, torch.float32, memory_format=torch.channels_last).eval()
+        with memory_advice("batch_size", 1):
+            model = model.to(device, torch.float32, memory_format=torch.channels_last).eval()
         self.model = model.requires_grad_(False)
         self.preprocessing, self.title = preprocessing, title or preprocessing.title
         self.checkpoint, self.device, self.precision = checkpoint, device, precision
         self.model_type, prompts = model.config.model_type, model.config.prompt_encoder_config
         self.grid = 4 * (prompts.image_size // prompts.patch_size)
         self.batch_size = 1 if device.type == "cpu" else 8
+        if device.type == "cuda":  # what an image takes grows with its area
+            fit = torch.cuda.mem_get_info(device)[0] / MEMORY * (1024 / preprocessing.input_size) ** 2
+            self.batch_size = max(1, min(8, int(fit)))
 
     @property
     def processor(self):
@@ -161,21 +170,25 @@ class Segmenter:
         """Run the image encoder on uint8 (H, W, 3) RGB arrays of any sizes, `batch_size` at once."""
         for image in images:
             check_image(image)
+        batches = [images[k : k + self.batch_size] for k in range(0, len(images), self.batch_size)]
         embeddings: list[Embedding] = []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
-            begun = time.perf_counter()
-            pixels, resized = preprocess(batch, self.preprocessing)
-            with memory_advice("batch_size", self.batch_size):
-                features = self.encode(pixels)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # else the clock stops before the work does
-            seconds = (time.perf_counter() - begun) / len(batch)
-            single = zip(*features) if isinstance(features, tuple) else features
-            embeddings += [
-                Embedding(feature, image.shape[:2], size, seconds)
-                for feature, image, size in zip(single, batch, resized)
-            ]
+        with ThreadPoolExecutor(1) as thread:  # it preprocesses the next batch while the encoder runs
+            started = (thread.submit(preprocess, batch, self.preprocessing) for batch in batches)
+            coming = list(itertools.islice(started, 1))
+            for batch in batches:
+                begun = time.perf_counter()
+                pixels, resized = coming.pop().result()
+                coming += itertools.islice(started, 1)
+                with memory_advice("batch_size", self.batch_size):
+                    features = self.encode(pixels)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # else the clock stops before the work does
+                seconds = (time.perf_counter() - begun) / len(batch)
+                single = zip(*features) if isinstance(features, tuple) else features
+                embeddings += [
+                    Embedding(feature, image.shape[:2], size, seconds)
+                    for feature, image, size in zip(single, batch, resized)
+                ]
         return embeddings
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor | tuple:
