@@ -100,8 +100,7 @@ def build(weights: str = "scratch", seed: int = 0) -> VGG:
 
     Its convolutions lead to the mean of each feature over the picture, and to one linear layer.
 
-    `weights` and `seed` are as in `Config`; the last layer's weights are random. Raises as
-    `read_convolutions`, and ValueError where the weights are another network's.
+    `weights`, `seed`: of `Config`. Raises as `read_convolutions`; ValueError where weights are not VGG-16's.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -149,8 +148,7 @@ def fit(
     Args:
         train, val: rows of an index; `val` is never the test fold. ValueError where `train` lacks a class, or
             a group lies in both.
-        masks: as for `pictures`.
-        folder, report: as for `helpers.unet.fit`.
+        masks, folder, report: as for `pictures` and for `helpers.unet.fit`.
         config: the fields of `Config`; ValueError where one is out of its limits.
 
     Returns:
@@ -201,8 +199,7 @@ def fit(
 def _through(frozen, pictures, keys, config, device, mixed, folder):
     """Send each picture and its augmentations through the frozen layers, if any, once.
 
-    Returns:
-        list of float16 (augmentations, channels, h, w), mapped from files; a damaged one is made anew.
+    Returns a list of float16 (augmentations, channels, h, w), mapped from files; a damaged one is made anew.
     """
     found, count = [], config.augmentations
     about = embeddings.state_hash(frozen), config.augment, count, mixed
@@ -283,8 +280,7 @@ def _logits(network, features, mixed=False, start=0):
 def predict(network: VGG, pictures: np.ndarray, mirror: bool = False) -> np.ndarray:
     """Return class probabilities in the order of `helpers.data.LABELS`: float32 (N, 3).
 
-    `pictures` are uint8 (N, size, size, 3) RGB, as from the function of that name. `mirror` averages the
-    logits with those of the mirrored picture.
+    `pictures` are from the function of that name; `mirror` averages the logits with the mirrored pictures'.
     """
     pixels = _normalise(torch.from_numpy(pictures))
     seen = [pixels, pixels.flip(3)] if mirror else [pixels]

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import multiprocessing
 
 import numpy as np
@@ -60,6 +61,21 @@ def test_a_batch_need_not_be_full(tiny, rows, tmp_path, encoder_runs):
     tiny.batch_size = 2
     assert list(embeddings.embed_rows(tiny, rows, tmp_path)) == list(rows.image_id)
     assert len(encoder_runs) == len(files(tmp_path)) == 3
+
+
+def test_on_a_gpu_several_batches_are_handed_over(tiny, index, tmp_path, monkeypatch):
+    rows, sizes, embed = data.lesions(index).iloc[:5], [], tiny.embed
+
+    def on_a_cpu(images):
+        sizes.append(len(images))
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, "device", torch.device("cpu"))
+            return embed(images)
+
+    monkeypatch.setattr(tiny, "embed", on_a_cpu)
+    monkeypatch.setattr(tiny, "device", torch.device("cuda"))
+    assert list(embeddings.embed_rows(tiny, rows, tmp_path)) == list(rows.image_id)
+    assert sizes == [4, 1]  # the batch size is 1
 
 
 def test_the_key_is_the_content(tiny, index, tmp_path, encoder_runs):
@@ -181,6 +197,18 @@ def test_a_full_disk(tiny, rows, tmp_path, monkeypatch):
             embeddings.embed_rows(tiny, rows, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert len(embeddings.embed_rows(tiny, rows, tmp_path)) == 3
+
+
+def test_one_tensor_lies_in_its_file_as_ever(tiny, rows, tmp_path):
+    """So that files of earlier versions are read."""
+    from safetensors import safe_open
+
+    embeddings.embed_rows(tiny, rows.iloc[:1], tmp_path)
+    with safe_open(files(tmp_path)[0], "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        assert list(file.keys()) == ["features"]
+        assert file.get_slice("features").get_shape() == about["shape"]
+    assert about.keys() == {"image", "shape", "image_size", "resized", "seconds"}
 
 
 def test_half_the_memory_of_the_features(tiny, rows, tmp_path):

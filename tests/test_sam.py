@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from conftest import BOX
 
 from helpers import data, prompts, sam
-from helpers.sam import embeddings
+from helpers.sam import embeddings, networks
 
 
 @pytest.fixture(scope="module")
@@ -335,12 +336,12 @@ def test_unknown_names(tmp_path):
 
 
 def test_hub_that_does_not_answer(monkeypatch):
-    from transformers import SamModel
+    from transformers import SamConfig
 
     def fail(*arguments, **settings):
         raise OSError("We couldn't connect to the Hub\nmore lines")
 
-    monkeypatch.setattr(SamModel, "from_pretrained", fail)
+    monkeypatch.setattr(SamConfig, "get_config_dict", fail)
     with pytest.raises(FileNotFoundError, match="'facebook/sam-vit-base' could not be had.*give its folder"):
         sam.load("facebook/sam-vit-base")
 
@@ -478,3 +479,59 @@ def test_the_default_checkpoint_says_why_it_is_not_the_wanted_one(monkeypatch, c
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: "config.json")
     assert sam.default_checkpoint() == "wanglab/medsam-vit-base"
     assert capsys.readouterr().out == ""
+
+
+# A GPU's memory and time, on a CPU
+
+
+@pytest.mark.parametrize(
+    ("free", "side", "expected"),
+    [(1, 1024, 1), (8, 1024, 2), (14, 1024, 4), (80, 1024, 8), (1, 256, 5), (0.1, 256, 1)],
+)
+def test_a_gpu_takes_as_many_images_as_its_free_memory_holds(monkeypatch, free, side, expected):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 96 * 2**30))
+    model = networks.tiny()
+    monkeypatch.setattr(model, "to", lambda *_, **__: model)
+    recipe = dataclasses.replace(sam.PREPROCESSING["tiny"], input_size=side)
+    assert sam.Segmenter(model, recipe, "tiny", torch.device("cuda")).batch_size == expected
+
+
+def test_a_gpu_too_small_for_the_weights(monkeypatch):
+    def full(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = networks.tiny()
+    monkeypatch.setattr(model, "to", full)
+    with pytest.raises(MemoryError, match="take a smaller checkpoint"):
+        sam.Segmenter(model, sam.PREPROCESSING["tiny"], "tiny", torch.device("cuda"))
+
+
+def test_the_next_batch_is_preprocessed_while_the_encoder_runs(monkeypatch, image):
+    """The encoder waits until the next batch is ready, so without the overlap it would wait in vain."""
+    segmenter = sam.load("tiny", "cpu")
+    pictures = [np.roll(image, 9 * k, 1)[: 90 - k] for k in range(5)]
+    single = [segmenter.embed([picture])[0] for picture in pictures]
+    ready = threading.Semaphore(0)
+    preprocess, encode = sam.segmenter.preprocess, segmenter.encode
+    left = [2, 2, 1]
+
+    def prepared(images, preprocessing):
+        found = preprocess(images, preprocessing)
+        ready.release()
+        return found
+
+    def encoded(pixels):
+        assert len(pixels) == left.pop(0)
+        assert ready.acquire(timeout=10)
+        if left:
+            assert ready.acquire(timeout=10), "the next batch was not begun"
+            ready.release()
+        return encode(pixels)
+
+    monkeypatch.setattr(sam.segmenter, "preprocess", prepared)
+    monkeypatch.setattr(segmenter, "encode", encoded)
+    monkeypatch.setattr(segmenter, "batch_size", 2)
+    for one, other in zip(single, segmenter.embed(pictures), strict=True):
+        assert (one.image_size, one.resized) == (other.image_size, other.resized)
+        torch.testing.assert_close(one.features, other.features)
+    assert segmenter.embed([]) == []

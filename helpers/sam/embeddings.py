@@ -28,12 +28,13 @@ class StoredEmbedding:
     seconds: float  # what the encoder took for it, when it was made
 
     @property
-    def features(self) -> torch.Tensor:
-        """Tensor (channels, h, w), float16 on the CPU, in memory only while it is used."""
+    def features(self) -> torch.Tensor | tuple:
+        """As `helpers.sam.Embedding` has them, float16 on the CPU, in memory only while they are used."""
         from safetensors import safe_open
 
         with safe_open(self.path, "pt") as file:
-            return file.get_tensor("features")
+            found = tuple(file.get_tensor(name) for name in sorted(file.keys()))
+        return found if len(found) > 1 else found[0]
 
 
 def embed_rows(
@@ -55,6 +56,8 @@ def embed_rows(
     """
     target = cache.folder(folder) / "embeddings" / encoder_hash(segmenter)
     found, missing, damaged = {}, [], 0
+    # On a GPU several batches at once, so that `embed` can prepare one while the encoder runs.
+    at_once = segmenter.batch_size * (1 if segmenter.device.type == "cpu" else 4)
     progress = tqdm(rows.itertuples(), "embedding", len(rows), unit="image", file=sys.stdout, disable=quiet)
 
     def make():
@@ -73,7 +76,7 @@ def embed_rows(
         if not found[row.image_id]:
             damaged += path.exists()
             missing.append((row.image_id, path, image))
-        if len(missing) == segmenter.batch_size:
+        if len(missing) == at_once:
             make()
     if missing:
         make()
@@ -85,7 +88,8 @@ def embed_rows(
 def encoder_hash(segmenter) -> str:
     """Return a hash of all that an embedding depends on besides the image."""
     settings = dataclasses.asdict(segmenter.preprocessing) | {"title": "", "of": segmenter.precision}
-    return cache.key(settings, state_hash(segmenter.model.vision_encoder))
+    model = segmenter.model  # a part of SAM 2's decoder, too, makes the embedding
+    return cache.key(settings, state_hash(model.vision_encoder if segmenter.model_type == "sam" else model))
 
 
 def state_hash(module: torch.nn.Module) -> str:
@@ -104,8 +108,8 @@ def _read(path):
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
-            features = file.get_slice("features")
-            right = features.get_dtype() == "F16" and features.get_shape() == about["shape"]
+            found = [file.get_slice(name) for name in sorted(file.keys())]
+            right = {one.get_dtype() for one in found} == {"F16"} and found[0].get_shape() == about["shape"]
         if right and about["image"] == path.stem:
             sizes = tuple(about["image_size"]), tuple(about["resized"])
             return StoredEmbedding(path, *sizes, about["seconds"])
@@ -117,8 +121,8 @@ def _read(path):
 def _write(path, embedding):
     from safetensors.torch import save
 
-    features = embedding.features.to("cpu", torch.float16).contiguous()
-    about = {"image": path.stem, "shape": list(features.shape)}
-    about |= {"image_size": embedding.image_size, "resized": embedding.resized}
-    about |= {"seconds": round(embedding.seconds, 4)}
-    cache.write(path, save({"features": features}, {"about": json.dumps(about)}))
+    found = embedding.features if isinstance(embedding.features, tuple) else (embedding.features,)
+    half = {f"features{k or ''}": one.to("cpu", torch.float16).contiguous() for k, one in enumerate(found)}
+    about = {"image": path.stem, "shape": list(found[0].shape), "image_size": embedding.image_size}
+    about |= {"resized": embedding.resized, "seconds": round(embedding.seconds, 4)}
+    cache.write(path, save(half, {"about": json.dumps(about)}))

@@ -25,7 +25,6 @@ VERSION = 3  # raise it with every change that gives other numbers: older runs a
 WRITE_EVERY = 10  # seconds between two checkpoints: short epochs do not each write one
 PARTS = ("mask decoder", "prompt encoder")
 
-
 # Of the sigmoid, MONAI's with squared denominators.
 LOSSES = {
     name: loss(sigmoid=True, squared_pred=True)

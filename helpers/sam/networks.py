@@ -1,4 +1,4 @@
-"""Every checkpoint as one transformers SamModel: from the Hub, a folder, an official .pth, or LiteMedSAM."""
+"""Every checkpoint as a model of transformers: from the Hub, a folder, an official .pth, or LiteMedSAM."""
 
 import contextlib
 import hashlib
@@ -15,6 +15,9 @@ from helpers.sam.preprocess import PREPROCESSING, Preprocessing
 MARKER = "segmenter.json"  # in a folder that Segmenter.save wrote
 TINY_VIT = "image_encoder.patch_embed.seq.0.c.weight"  # is in LiteMedSAM's weights alone
 SIZES = {768: "B", 1024: "L", 1280: "H"}  # of a ViT, by its features
+# model_type of a config.json -> transformers' name; a video model's folder holds the model of images, too.
+FAMILIES = {"sam": "Sam", "sam_hq": "SamHQ", "sam2": "Sam2", "sam2_video": "Sam2", "edgetam": "EdgeTam"}
+FAMILIES |= {"edgetam_video": "EdgeTam", "sam3_tracker": "Sam3Tracker", "sam3_video": "Sam3Tracker"}
 
 # Official names of weights -> transformers' (those of its convert_sam_to_hf.py), for `re.sub`.
 RENAMED = r"""
@@ -219,9 +222,9 @@ def from_folder(folder):
 
 
 def pretrained(source):
-    """Return the SamModel of a Hub id or a folder of `save_pretrained`; raises as `helpers.sam.load`."""
+    """Return model and Preprocessing of a Hub id or a folder of `save_pretrained`; raises as `sam.load`."""
+    import transformers
     from safetensors import SafetensorError
-    from transformers import SamConfig, SamModel
 
     local = Path(source).is_dir()
     if local and not (Path(source) / "config.json").is_file():
@@ -231,9 +234,15 @@ def pretrained(source):
         )
     try:
         with _quiet_transformers():
+            family = transformers.SamConfig.get_config_dict(source)[0].get("model_type", "sam")
+            if family not in FAMILIES:
+                raise ValueError(
+                    f"checkpoint {source!r} is of the family {family!r}, which is not read; give one whose "
+                    f"config.json says one of model_type {', '.join(map(repr, FAMILIES))}"
+                )
+            kind = getattr(transformers, f"{FAMILIES[family]}Model")
             options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, found = SamModel.from_pretrained(source, dtype=torch.float32, **options)
-            family = SamConfig.get_config_dict(source)[0].get("model_type", "sam")
+            model, found = kind.from_pretrained(source, dtype=torch.float32, **options)
     except SafetensorError as error:
         raise ValueError(f"checkpoint {source!r} is cut off or altered ({error}); fetch it again") from error
     except OSError as error:
@@ -245,14 +254,9 @@ def pretrained(source):
         )
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"checkpoint {source!r} could not be had ({reason}); {remedy}") from error
-    if family != "sam":
-        raise ValueError(
-            f"checkpoint {source!r} is of the family {family!r}, which is not read; give one whose "
-            "config.json says model_type 'sam', as SAM's and MedSAM's do"
-        )
     # Extra keys do no harm: transformers' own converters left some in published checkpoints.
     _check_keys(source, found["missing_keys"], [], [key for key, *_ in found["mismatched_keys"]])
-    return model
+    return model, PREPROCESSING.get(source) or published_preprocessing(source, FAMILIES[family])
 
 
 @contextlib.contextmanager
@@ -271,27 +275,30 @@ def _quiet_transformers():
             logging.enable_progress_bar()
 
 
-def published_preprocessing(source):
+def published_preprocessing(source, family="Sam"):
     """Read the Preprocessing of a Hub id or folder from its processor; raises as `helpers.sam.load`."""
-    from transformers import SamImageProcessor
+    import transformers
 
+    name = {"SamHQ": "Sam", "EdgeTam": "Sam2", "Sam3Tracker": "Sam3"}.get(family, family)
+    kind = getattr(transformers, f"{name}ImageProcessor")
     try:
-        found = SamImageProcessor.from_pretrained(source)
+        found = kind.from_pretrained(source)
     except OSError as error:
         raise FileNotFoundError(
             f"checkpoint {source!r} has no preprocessor_config.json, so what it expects of an "
-            "image is unknown; save its processor beside it with SamProcessor.save_pretrained"
+            "image is unknown; save its processor beside it with the processor's save_pretrained"
         ) from error
-    # A Preprocessing can say no more than SAM's own processor.
+    # A Preprocessing can say no more than the family's own processor.
     names = ["do_resize", "do_rescale", "rescale_factor", "do_pad", "resample"]
-    for name in names + ["image_mean", "image_std"] * bool(found.do_normalize):
-        value, expected = (getattr(one, name) for one in (found, SamImageProcessor()))
+    for setting in names + ["image_mean", "image_std"] * bool(found.do_normalize):
+        value, expected = (getattr(one, setting) for one in (found, kind()))
         if isinstance(expected, (list, tuple)):
             value, expected = list(value), list(expected)
         if value != expected:
             raise ValueError(
-                f"the processor of checkpoint {source!r} sets {name} to {value}, not {expected} "
-                "as SAM's; its images would be scaled wrongly, so it is not loaded"
+                f"the processor of checkpoint {source!r} sets {setting} to {value}, not {expected} "
+                "as its family's; its images would be scaled wrongly, so it is not loaded"
             )
-    intensity = "mean-std" if found.do_normalize else "unit"
-    return Preprocessing(Path(source).name, found.size["longest_edge"], "bilinear", intensity)
+    intensity = "unit" if not found.do_normalize else "half" if name == "Sam3" else "mean-std"
+    resample, side = ("bilinear", "longest_edge") if name == "Sam" else ("square", "height")
+    return Preprocessing(Path(source).name, found.size[side], resample, intensity)

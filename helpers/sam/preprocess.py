@@ -15,13 +15,15 @@ class Preprocessing:
 
     The image's longest side becomes `input_size` pixels, intensities are scaled, and zeros fill the square
     at the right and at the bottom. Logits go the same way back: enlarged to `input_size`, the padding cut
-    off, resized bilinearly to the image's own size. "stretch" resizes both sides, without padding.
+    off, resized bilinearly to the image's own size. "stretch" and "square" resize both sides without padding.
     """
 
     title: str  # the model's name in a result row
     input_size: int  # pixels
-    resample: str  # "area" (cv2.INTER_AREA), "bilinear" (with antialiasing) or "stretch" (bicubic)
-    intensity: str  # "min-max" of the resized image, "mean-std" of ImageNet, or "unit" (x / 255)
+    # "area" (cv2.INTER_AREA), "bilinear" (with antialiasing), "stretch" (bicubic), or "square" (bilinear)
+    resample: str
+    # "min-max" of the resized image, "mean-std" of ImageNet, "half" (from -1 to 1), or "unit" (x / 255)
+    intensity: str
 
 
 PREPROCESSING = {
@@ -37,15 +39,19 @@ PREPROCESSING = {
 
 @functools.cache
 def processor(preprocessing: Preprocessing, grid: int = 256):
-    """Return a transformers SamProcessor that does what a preprocessing says.
+    """Return the transformers processor (SamProcessor, Sam2Processor) that does what a preprocessing says.
 
     `grid` is the side of the network's logits in pixels; `labels` of `segmentation_maps` have it too.
     """
-    from transformers import SamImageProcessor, SamProcessor
+    import transformers as hf
 
     stretch, size = preprocessing.resample == "stretch", preprocessing.input_size
+    if preprocessing.resample == "square":  # SAM 2 and later
+        kind = hf.Sam3ImageProcessor if preprocessing.intensity == "half" else hf.Sam2ImageProcessor
+        sizes = {"size": {"height": size, "width": size}, "mask_size": {"height": grid, "width": grid}}
+        return hf.Sam2Processor(kind(**sizes, do_normalize=preprocessing.intensity != "unit"))
 
-    class MinMaxProcessor(SamImageProcessor):
+    class MinMaxProcessor(hf.SamImageProcessor):
         """An image is resized as uint8; then its own minimum and maximum become 0 and 1.
 
         bowang-lab/MedSAM: CVPR24_LiteMedSAM_infer.py and, where both sides stretch, MedSAM_Inference.py.
@@ -70,8 +76,8 @@ def processor(preprocessing: Preprocessing, grid: int = 256):
             return (images - low) / (high - low).clamp(min=1e-8)
 
     padded = grid if stretch else size  # what logits are enlarged to before padding is cut off
-    kind = SamImageProcessor if preprocessing.resample == "bilinear" else MinMaxProcessor
-    return SamProcessor(
+    kind = hf.SamImageProcessor if preprocessing.resample == "bilinear" else MinMaxProcessor
+    return hf.SamProcessor(
         kind(
             size={"longest_edge": size},
             pad_size={"height": padded, "width": padded},
@@ -108,7 +114,8 @@ def preprocess(images: Sequence, preprocessing: Preprocessing) -> tuple[torch.Te
             )
     image_processor = processor(preprocessing).image_processor
     batch = image_processor(images, return_tensors="pt", input_data_format="channels_last")
-    return batch["pixel_values"], [tuple(size) for size in batch["reshaped_input_sizes"].tolist()]
+    square = torch.full((len(images), 2), preprocessing.input_size)
+    return batch["pixel_values"], [tuple(size) for size in batch.get("reshaped_input_sizes", square).tolist()]
 
 
 def scale_box(box, image_size: tuple, resized: tuple) -> torch.Tensor:
@@ -129,4 +136,4 @@ def enlarge(
     network's input, and what is left is resized to `image_size` (H, W).
     """
     back = processor(preprocessing, logits.shape[-1]).post_process_masks
-    return back([logits], [image_size], [resized], binarize=False)[0]
+    return back([logits], [image_size], reshaped_input_sizes=[resized], binarize=False)[0]

@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,9 @@ from helpers.sam import networks
 from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
 
 OPTIONS = {"precision": ("float32", "bfloat16", "float16", "auto"), "family": (None, "sam", "medsam")}
+# Bytes on a GPU for an image of 1024 x 1024, estimated: in float32, the attention of SAM's largest ViT to a
+# whole image takes 1.1 GB (16 heads, 4096 x 4096), and may be held three times.
+MEMORY = 3 * 2**30
 
 
 def default_checkpoint(wanted: str = "wanglab/medsam-vit-base") -> str:
@@ -41,9 +46,9 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
     """Load a promptable segmenter, in evaluation mode.
 
     Args:
-        checkpoint: a name of `PREPROCESSING`, another Hub id of a SAM checkpoint, a local folder that
-            `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor), or an official
-            .pth of SAM, MedSAM or LiteMedSAM. "lite-medsam" comes with pip; "tiny" is random, for tests.
+        checkpoint: a name of `PREPROCESSING`, another Hub id (SAM, SAM-HQ, SAM 2, EdgeTAM, SAM 3), a local
+            folder that `Segmenter.save` or transformers' `save_pretrained` wrote (model and processor), or an
+            official .pth of SAM, MedSAM or LiteMedSAM. "lite-medsam" comes with pip, "tiny" is random.
         device: of torch; by default a GPU where there is one.
         precision: what the image encoder and `fit` multiply in: "float32", "bfloat16", "float16" (`fit`:
             float32), or "auto": the fastest, bfloat16 where it is native, else float16 on an NVIDIA GPU.
@@ -72,15 +77,14 @@ def load(checkpoint="lite-medsam", device=None, precision="float32", family=None
         model, preprocessing = networks.from_file(path, family)
         title = f"{preprocessing.title} ({path.name})"
     elif path.is_dir() or re.fullmatch(r"[^/\\]+/[^/\\]+(?<!\.pth)", name):  # a Hub id
-        model = networks.pretrained(name)
-        preprocessing = PREPROCESSING.get(name) or networks.published_preprocessing(name)
+        model, preprocessing = networks.pretrained(name)
     else:
         close = difflib.get_close_matches(name, PREPROCESSING, n=1)
         raise ValueError(
             f"unknown checkpoint {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; use one of "
             f"{', '.join(PREPROCESSING)}, a Hub id 'owner/name', or a folder or .pth file that exists"
         )
-    if preprocessing.input_size != (size := model.config.vision_config.image_size):
+    if preprocessing.input_size != (size := model.config.prompt_encoder_config.image_size):
         raise ValueError(
             f"the processor of checkpoint {name!r} makes images of {preprocessing.input_size} pixels a side, "
             f"its network takes {size}; set the processor's size to that"
@@ -117,7 +121,9 @@ def launch(processes: int, *arguments) -> None:
 class Embedding:
     """What the image encoder made of one image."""
 
-    features: torch.Tensor  # (channels, h, w), on the segmenter's device
+    # (channels, h, w), on the segmenter's device. SAM 2, EdgeTAM and SAM 3 have a tuple of three, from fine
+    # to coarse; SAM-HQ of two, the second (h, w, channels) from inside the encoder.
+    features: torch.Tensor | tuple
     image_size: tuple  # (H, W) of the image, pixels
     resized: tuple  # (h, w) of the image inside the network's input, pixels
     seconds: float  # what the encoder took for it
@@ -129,27 +135,34 @@ class Segmenter:
     Attributes:
         title: the model's name in a result row, such as "LiteMedSAM, released weights".
         checkpoint: the name, folder or file it was loaded from.
-        model: transformers SamModel; LiteMedSAM's has a TinyViT as `vision_encoder`.
+        model: of transformers: SamModel, whose `vision_encoder` is a TinyViT in LiteMedSAM, or SamHQModel,
+            Sam2Model, EdgeTamModel or Sam3TrackerModel, which predict, and are neither trained nor saved.
+        model_type: that of its config, such as "sam" (SAM, MedSAM, LiteMedSAM) or "sam2".
         preprocessing: Preprocessing of the checkpoint's family.
         device: torch device.
         precision: "float32", "bfloat16" or "float16"; `predict` decodes in float32.
         grid: side of the logits, pixels.
-        batch_size: images per forward pass: 8 on a GPU; 1 on a CPU, whose caches hold one image
-            (8 take half as long again per image there, and 2 GB more).
+        batch_size: images per forward pass: 1 on a CPU, whose caches hold one image (8 take half as long
+            again per image there, and 2 GB more); on a GPU 1 to 8, one for each `MEMORY` that is free.
     """
 
     def __init__(self, model, preprocessing, checkpoint, device, title=None, precision="float32"):
         # Channels last: the same numbers from a faster encoder on a CPU.
-        model = model.to(device, torch.float32, memory_format=torch.channels_last).eval()
+        with memory_advice("batch_size", 1):
+            model = model.to(device, torch.float32, memory_format=torch.channels_last).eval()
         self.model = model.requires_grad_(False)
         self.preprocessing, self.title = preprocessing, title or preprocessing.title
         self.checkpoint, self.device, self.precision = checkpoint, device, precision
-        self.grid = 4 * model.config.prompt_encoder_config.image_embedding_size
+        self.model_type, prompts = model.config.model_type, model.config.prompt_encoder_config
+        self.grid = 4 * (prompts.image_size // prompts.patch_size)
         self.batch_size = 1 if device.type == "cpu" else 8
+        if device.type == "cuda":  # what an image takes grows with its area
+            fit = torch.cuda.mem_get_info(device)[0] / MEMORY * (1024 / preprocessing.input_size) ** 2
+            self.batch_size = max(1, min(8, int(fit)))
 
     @property
     def processor(self):
-        """The transformers SamProcessor that does what `preprocessing` says."""
+        """The transformers processor that does what `preprocessing` says."""
         return processor(self.preprocessing, self.grid)
 
     @torch.no_grad()
@@ -157,42 +170,58 @@ class Segmenter:
         """Run the image encoder on uint8 (H, W, 3) RGB arrays of any sizes, `batch_size` at once."""
         for image in images:
             check_image(image)
+        batches = [images[k : k + self.batch_size] for k in range(0, len(images), self.batch_size)]
         embeddings: list[Embedding] = []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
-            begun = time.perf_counter()
-            pixels, resized = preprocess(batch, self.preprocessing)
-            with memory_advice("batch_size", self.batch_size):
-                features = self.encode(pixels)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # else the clock stops before the work does
-            seconds = (time.perf_counter() - begun) / len(batch)
-            embeddings += [
-                Embedding(feature, image.shape[:2], size, seconds)
-                for feature, image, size in zip(features, batch, resized)
-            ]
+        with ThreadPoolExecutor(1) as thread:  # it preprocesses the next batch while the encoder runs
+            started = (thread.submit(preprocess, batch, self.preprocessing) for batch in batches)
+            coming = list(itertools.islice(started, 1))
+            for batch in batches:
+                begun = time.perf_counter()
+                pixels, resized = coming.pop().result()
+                coming += itertools.islice(started, 1)
+                with memory_advice("batch_size", self.batch_size):
+                    features = self.encode(pixels)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # else the clock stops before the work does
+                seconds = (time.perf_counter() - begun) / len(batch)
+                single = zip(*features) if isinstance(features, tuple) else features
+                embeddings += [
+                    Embedding(feature, image.shape[:2], size, seconds)
+                    for feature, image, size in zip(single, batch, resized)
+                ]
         return embeddings
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Run the encoder on `preprocess`ed pixels (N, 3, size, size); float32 (N, channels, h, w)."""
+    def encode(self, pixels: torch.Tensor):
+        """Return the float32 features of N images, `preprocess`ed pixels (N, 3, size, size)."""
         pixels = pixels.to(self.device, memory_format=torch.channels_last)
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            features = self.model.vision_encoder(pixels)[0].float()
-        overflown = ~features.isfinite().flatten(1).all(1)
+            features = self._encoded(pixels)
+        overflown = ~torch.stack([level.isfinite().flatten(1).all(1) for level in features]).all(0)
         if dtype == torch.float16 and overflown.any():  # these images once more
-            features[overflown] = self.model.vision_encoder(pixels[overflown])[0]
-        return features
+            for level, exact in zip(features, self._encoded(pixels[overflown])):
+                level[overflown] = exact
+        return features if len(features) > 1 else features[0]
 
-    def decode(self, features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def _encoded(self, pixels):
+        found = self.model.get_image_embeddings(pixels)
+        if self.model_type == "sam":
+            found = [found]
+        elif self.model_type == "sam_hq":  # of the encoder's inner levels, the decoder reads the first
+            found = found[0], found[1][0]
+        return tuple(level.float() for level in found)
+
+    def decode(self, features: torch.Tensor | tuple, boxes: torch.Tensor) -> torch.Tensor:
         """Return the logits (N, grid, grid) of one box per image.
 
         Args:
-            features: (N, channels, h, w), as `encode` gives them.
+            features: of N images, as `encode` gives them.
             boxes: (N, 4) x_min, y_min, x_max, y_max in pixels of the network's input.
         """
-        prompt = {"input_boxes": boxes[:, None], "multimask_output": False}
-        return self.model(image_embeddings=features, **prompt).pred_masks[:, 0, 0]
+        given = {"image_embeddings": features, "input_boxes": boxes[:, None], "multimask_output": False}
+        if self.model_type == "sam_hq":
+            given |= {"image_embeddings": features[0], "intermediate_embeddings": [features[1]]}
+        return self.model(**given).pred_masks[:, 0, 0]
 
     @torch.no_grad()
     def predict(self, image_or_embedding, box) -> np.ndarray:
@@ -212,8 +241,10 @@ class Segmenter:
             embedding = self.embed([embedding])[0]
         size, resized = embedding.image_size, embedding.resized
         check_box(box, size)
-        features = embedding.features[None].to(self.device, torch.float32)
-        logits = self.decode(features, scale_box(box, size, resized)[None].to(self.device))
+        found = embedding.features if isinstance(embedding.features, tuple) else (embedding.features,)
+        one, *more = (level[None].to(self.device, torch.float32) for level in found)
+        scaled = scale_box(box, size, resized)[None].to(self.device)
+        logits = self.decode((one, *more) if more else one, scaled)
         logits = enlarge(logits[None], size, resized, self.preprocessing)
         return torch.sigmoid(logits)[0, 0].float().cpu().numpy()
 
@@ -235,6 +266,7 @@ class Segmenter:
         """
         from helpers.sam import finetune
 
+        self._check_family("fine-tuned")
         return finetune.fit(self, train, val, folder, report, **config)
 
     def save(self, folder) -> None:
@@ -246,9 +278,11 @@ class Segmenter:
         Raises:
             FileExistsError: the folder holds something else.
             OSError: it can't be written.
+            ValueError: the checkpoint is neither SAM's nor MedSAM's.
         """
         from safetensors.torch import save_file
 
+        self._check_family("saved")
         folder = Path(folder)
         if folder.exists() and not (folder / networks.MARKER).is_file():
             raise FileExistsError(f"{str(folder)!r} is no saved segmenter; choose another folder")
@@ -271,6 +305,13 @@ class Segmenter:
                 if self.preprocessing.resample == "bilinear":
                     self.processor.save_pretrained(new)
             (new / networks.MARKER).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+    def _check_family(self, done):
+        if self.model_type != "sam":
+            raise ValueError(
+                f"checkpoint {self.checkpoint!r} is of the family {self.model_type!r}, which predicts and is "
+                f"not {done}; take 'lite-medsam', or a checkpoint of SAM or MedSAM"
+            )
 
 
 def check_image(image):
