@@ -152,7 +152,7 @@ def vgg_table(results: pd.DataFrame) -> pd.DataFrame:
         "Accuracy of each seed": [*seeds, f"[{low:.3f}, {high:.3f}]"],
     }
     both = {
-        f"Seeds together: {title.lower()}": (f"{name}_together", ".3f")
+        f"Seeds together: {title[0].lower()}{title[1:]}": (f"{name}_together", ".3f")
         for title, (name, _) in list(CLASSIFIER.items())[:2]
     }
     return pd.DataFrame(shown | _texts(folds, CLASSIFIER | both))

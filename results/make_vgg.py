@@ -2,7 +2,7 @@
 
 Of each test fold the image alone, and the mean of the seeds' probabilities; of fold 0 also the random split,
 and the image with ground-truth or predicted masks on both splits. Masks are predicted by the U-Net of
-notebook 04. The config was chosen on validation images (`tests/benchmarks/vgg.py`).
+notebook 04. The config was chosen on validation images of folds 1 and 3 (and see `tests/benchmarks/vgg.py`).
 """
 
 import argparse
