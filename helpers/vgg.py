@@ -1,7 +1,6 @@
 """VGG-16 classifies a breast image as normal, benign or malignant. Build, train, predict.
 
-K. Simonyan, A. Zisserman, "Very deep convolutional networks", ICLR 2015; torchvision's network, whose three
-last layers give way to one. Blocks of convolutions that stay frozen see each training picture once.
+K. Simonyan, A. Zisserman, "Very deep convolutional networks", ICLR 2015; torchvision's, with one last layer.
 """
 
 import contextlib
