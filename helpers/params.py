@@ -27,7 +27,6 @@ SETTINGS = {
     "PRETRAIN_IMAGES": "synthetic images per class that a network is pretrained on",
     "VGG_WEIGHTS": "what VGG-16 starts from: 'imagenet', a file of its convolutions, or 'scratch'",
     "VGG_IMAGES": "training images of VGG-16, spread over the set; 0 means all",
-    "VGG_AUGMENTATIONS": "augmentations of each training image that VGG-16's frozen blocks see",
     "VGG_SIZE": "pixels: VGG-16 sees size x size",
     "VGG_EPOCHS": "passes of VGG-16 over the training images",
     "PIPELINE": "folder of an automatic pipeline; empty means the one in the package",
