@@ -91,18 +91,12 @@ def read_weights(path: str | Path):
     import safetensors.torch
     import torch
 
+    broken = safetensors.SafetensorError, pickle.UnpicklingError
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        safetensors.SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-    ) as error:
+    except (*broken, RuntimeError, EOFError, LookupError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{str(path)!r} is cut off or altered, or holds more than weights ({reason}); fetch it again"

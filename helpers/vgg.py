@@ -3,7 +3,6 @@
 K. Simonyan, A. Zisserman, "Very deep convolutional networks", ICLR 2015; torchvision's, with one last layer.
 """
 
-import contextlib
 import dataclasses
 import functools
 import sys
@@ -27,7 +26,7 @@ from helpers.sam import embeddings
 
 VERSION = 4  # raise it with every change that gives other numbers: older runs are then not resumed
 WRITE_EVERY = 60  # seconds between two checkpoints, which take up to 300 MB each
-IMAGENET = VGG16_Weights.IMAGENET1K_FEATURES  # the convolutions alone: a tenth of IMAGENET1K_V1's download
+IMAGENET = VGG16_Weights.IMAGENET1K_FEATURES  # of the last layers it has nothing (NaN)
 MEAN, SD = (IMAGENET.transforms.keywords[name] for name in ("mean", "std"))  # of its input, in 0..1
 BLOCKS = (0, 5, 10, 17, 24, 31)  # where the five blocks begin in `features`, and where the last one ends
 TINT = (127, 20, 20)  # half of the RGB that a mask is laid over with
@@ -205,15 +204,16 @@ def _through(frozen, pictures, keys, config, device, mixed, folder):
     target = cache.folder(folder) / "vgg-frozen" / cache.key(*about)
     for picture, key in zip(tqdm(pictures, "frozen layers", unit="image", file=sys.stdout), keys):
         path = target / f"{cache.key(key, picture.tobytes())}.npy"
-        while True:
-            with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or cut off
-                found.append(np.load(path, mmap_mode="r"))
-                break
+        try:
+            stored = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError):  # not there, or cut off
             turns = [augment.augment(picture, None, k, key, 0, config.augment)[0] for k in range(count)]
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, mixed):
                 made = frozen(_normalise(torch.from_numpy(np.stack(turns)).to(device)))
             with cache.atomic(path) as scratch:
                 np.save(scratch, made.half().numpy(force=True))
+            stored = np.load(path, mmap_mode="r")
+        found.append(stored)
     return found
 
 

@@ -161,11 +161,8 @@ def vgg_table(results: pd.DataFrame) -> pd.DataFrame:
 # Per file of results/, the columns to show.
 VARIANTS = {
     "vgg": {
-        "Loss": ("loss", ".3f"),
-        "Accuracy": ("accuracy", ".3f"),
-        "Macro AUC": ("macro_auc", ".3f"),
-        "Malignant sensitivity": ("sensitivity", ".3f"),
-        "Calibration error": ("calibration_error", ".3f"),
+        title: (name.removeprefix("all_"), digits)
+        for title, (name, digits) in ({"Loss": ("loss", ".3f")} | CLASSIFIER).items()
     },
     "ablation": {
         "Kept epoch": ("kept_epoch", ".0f"),

@@ -14,7 +14,7 @@ from helpers import data, results, unet, vgg
 from helpers.devices import default_device
 
 UNET = {"width": 16, "epochs": 60, "precision": "auto", **unet.VALIDATED}  # as in notebook 04 on a CPU
-TITLE = "VGG-16, ImageNet's convolutions, the last block free, 224 pixels"
+TITLE = "VGG-16 from ImageNet, 224 pixels"
 
 
 def main(arguments=None) -> None:

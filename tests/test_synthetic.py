@@ -329,5 +329,5 @@ def test_a_pretraining_set_is_split_and_no_stand_in(synthetic_root, tmp_path):
     assert again.equals(train)
     stand_in = data.load_index(synthetic_root)
     assert data.signature(train.head(2)) != data.signature(stand_in.loc[train.index[:2]])
-    with pytest.raises(ValueError, match="5 folds need 5 groups per label"):
+    with pytest.raises(ValueError, match=r"pretrain_images is 3; it must be 0 \(none\), or 8 or more"):
         data.pretraining_set(3, tmp_path)

@@ -300,13 +300,17 @@ def test_mixup_adds_two_pictures_and_their_labels(rows):
     seen = []
     learner.network.features[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     plain, labels = vgg._normalise(torch.from_numpy(vgg.pictures(rows[1], 32))), torch.tensor([0, 1, 2, 0])
+    said = []
+    learner.network.classifier.register_forward_hook(lambda module, given, found: said.append(found))
     learner.eval()(plain, labels)
     torch.manual_seed(0)
-    learner.train()(plain, labels)
+    loss = learner.train()(plain, labels)["loss"]
     assert torch.equal(seen[0], plain)
     share = ((seen[1][0] - plain[-1]) * (plain[0] - plain[-1])).sum() / ((plain[0] - plain[-1]) ** 2).sum()
     assert 0 < share < 1
     torch.testing.assert_close(seen[1], share * plain + (1 - share) * plain.roll(1, 0))
+    each = [F.cross_entropy(said[1], told, reduction="none") for told in (labels, labels.roll(1))]
+    torch.testing.assert_close(loss, (share * each[0] + (1 - share) * each[1]).mean())  # weights are 1
 
 
 def test_every_epoch_shows_another_augmentation_of_each_picture():

@@ -7,13 +7,12 @@ every variant runs; else those whose name holds one. Runs are kept in the cache 
 second call resumes where the first stopped. A variant takes 5 to 15 minutes on 2 cores.
 """
 
-import io
 import os
 import sys
 
-import pandas as pd
+import variants
 
-from helpers import cache, data, metrics, prompts, results, sam
+from helpers import data, metrics, prompts, sam
 from helpers.sam import embeddings
 
 SHORT = {"epochs": 10, "schedule": "cosine"}
@@ -55,20 +54,8 @@ def main(texts):
             line[f"{kind}_dice"] = round(float(scores.dice.mean()), 4)
             for label in ("benign", "malignant"):
                 line[f"{kind}_{label}"] = round(float(scores.dice[scores.label == label].mean()), 4)
-        write(line)
+        variants.write("ablation", line, VARIANTS)
         print(line, flush=True)
-
-
-def write(line):
-    """Put a line into the table, in the place of an older one of the same variant."""
-    target = results.folder() / "ablation.csv"
-    lines = pd.read_csv(target).to_dict("records") if target.is_file() else []
-    lines = [old for old in lines if old["variant"] != line["variant"]] + [line]
-    order = {variant: place for place, variant in enumerate(VARIANTS)}
-    lines.sort(key=lambda one: order[one["variant"]])
-    text = io.StringIO()
-    pd.DataFrame(lines).to_csv(text, index=False)
-    cache.write(target, text.getvalue().encode())
 
 
 if __name__ == "__main__":

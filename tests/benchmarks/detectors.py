@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+import variants
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from helpers import cache, data, images, metrics, pipeline, results, sam
+from helpers import data, images, metrics, pipeline, sam
 from helpers.pipeline import detector, evaluate
 from helpers.sam.embeddings import embed_rows
 
@@ -71,11 +72,7 @@ def main():
         answers = zip(*predict(members, pixels), sectors)
         line = {"variant": name} | score(name, segmenter, held_out, answers, embeddings)
         print(line, flush=True)
-        path = results.folder() / "detectors.csv"
-        known = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["variant"])
-        table = pd.concat([known[known.variant != name], pd.DataFrame([line])]).set_index("variant")
-        order = [variant for variant in VARIANTS if variant in table.index]
-        cache.write(path, table.loc[order].reset_index().round(4).to_csv(index=False))
+        variants.write("detectors", line, VARIANTS)
 
 
 @torch.inference_mode()

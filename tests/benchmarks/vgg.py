@@ -9,14 +9,14 @@ rows flatter a little, and alike. No test fold is read. Variants of use score th
 import argparse
 
 import numpy as np
-import pandas as pd
 import torch
+import variants
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from helpers import cache, data, metrics, results, training, vgg
+from helpers import cache, data, metrics, training, vgg
 
 DECAY = 0.85  # of the learning rate from a layer to the one before it
 VARIANTS = {
@@ -55,21 +55,18 @@ def main():
         line = {"variant": name, "loss": -np.log(found).mean()}
         line |= {key: scores[key] for key in ("accuracy", "macro_auc", "sensitivity", "calibration_error")}
         print(line, flush=True)
-        path = results.folder() / "vgg.csv"
-        known = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["variant"])
-        table = pd.concat([known[known.variant != name], pd.DataFrame([line])]).set_index("variant")
-        order = [variant for variant in VARIANTS if variant in table.index]
-        cache.write(path, table.loc[order].reset_index().round(4).to_csv(index=False))
+        variants.write("vgg", line, VARIANTS)
 
 
 def predict(name, train, val, options):
     """Train a variant, or read its finished run; return its probabilities (N, 3) on `val`."""
-    pictures = vgg.pictures(val, 224)
     if VARIANTS[name] is None:
         return probe(train, val, options)
+    pictures = vgg.pictures(val, 224)
     training.OPTIMIZERS["adamw"] = layer_wise if "layer-wise" in name else ADAMW
     seeds = range(3) if name == "three seeds together" else [0]
-    folder = f"{options.cache}/layer-wise" if "layer-wise" in name else options.cache
+    # A folder of its own, for the config of the run does not say it.
+    folder = cache.folder(options.cache) / ("layer-wise" if "layer-wise" in name else "")
     networks = [
         vgg.fit(train, val, None, folder, **{"weights": options.weights, "seed": seed} | VARIANTS[name])[0]
         for seed in seeds
