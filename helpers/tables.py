@@ -6,21 +6,6 @@ from helpers import metrics
 from helpers.metrics import interval_text
 from helpers.results import INPUTS, PROMPTS
 
-# What the comparison wants to see: the notebook that makes it, the key and the prompt.
-EXPECTED = (
-    ("02_sam_finetune", "sam-finetuned", "ground-truth box"),
-    ("03_medsam", "medsam-released", "ground-truth box"),
-    ("03_medsam", "medsam-finetuned", "ground-truth box"),
-    ("04_unet_keras", "unet-reference", "none"),
-    ("04_unet_keras", "unet-improved", "none"),
-    ("05_vgg16_classification", "vgg", "image alone"),
-    ("05_vgg16_classification", "vgg", "image with predicted mask"),
-    ("05_vgg16_classification", "vgg", "image with ground-truth mask"),
-    ("05_vgg16_classification", "solidity", "ground-truth mask alone"),
-    ("05_vgg16_classification", "embedding-probe", "image alone"),
-    ("07_automatic_pipeline", "pipeline", "predicted box"),
-    ("07_automatic_pipeline", "pipeline", "image with predicted mask"),
-)
 # The table of the reference project, mean losses and of VGG-16 the accuracy on validation images; and the
 # key, prompt and loss of the row of ours that stands beside it.
 PUBLISHED = (

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from helpers import augment, cache, data, training
 from helpers.devices import default_device, fastest_precision
 from helpers.params import SCHEDULES, limited
-from helpers.sam import embeddings
+from helpers.sam import networks
 
 VERSION = 4  # raise it with every change that gives other numbers: older runs are then not resumed
 WRITE_EVERY = 60  # seconds between two checkpoints, which take up to 300 MB each
@@ -165,7 +165,7 @@ def fit(
         of_data += [np.packbits(masks[name]).tobytes() for name in (*train.image_id, *val.image_id)]
     network = build(settings.weights, settings.seed).to(device, memory_format=torch.channels_last)
     frozen = network.features[: BLOCKS[settings.frozen]].requires_grad_(False)
-    start = embeddings.state_hash(network.features)
+    start = networks.state_hash(network.features)
     same = dataclasses.asdict(settings) | {"precision": mixed, "weights": start}
     run = cache.run("vgg", VERSION, same, device.type, *of_data, path=folder)
     labels, val_labels = (torch.tensor(x.label.map(data.LABELS.index).values) for x in (train, val))
@@ -200,7 +200,7 @@ def _through(frozen, pictures, keys, config, device, mixed, folder):
     Returns a list of float16 (augmentations, channels, h, w), mapped from files; a damaged one is made anew.
     """
     found, count = [], config.augmentations
-    about = embeddings.state_hash(frozen), config.augment, count, mixed
+    about = networks.state_hash(frozen), config.augment, count, mixed
     target = cache.folder(folder) / "vgg-frozen" / cache.key(*about)
     for picture, key in zip(tqdm(pictures, "frozen layers", unit="image", file=sys.stdout), keys):
         path = target / f"{cache.key(key, picture.tobytes())}.npy"

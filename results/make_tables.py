@@ -180,6 +180,11 @@ VARIANTS = {
         "BUS-BRA: found": ("busbra_found", ".0%"),
         "BUS-BRA: malignant AUC": ("busbra_malignant_auc", ".3f"),
     },
+    "encoders": {
+        "Against torch in float32": ("faster_than_float32", ".1f"),
+        "Against torch in bfloat16": ("faster_than_bfloat16", ".1f"),
+        "Dice": ("dice", ".4f"),
+    },
 }
 
 
@@ -242,6 +247,7 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "detectors": variants_table("detectors"),
         "vgg": vgg_table(results),
         "vgg-variants": variants_table("vgg"),
+        "encoders": variants_table("encoders"),
         "tuned": tuned_table(),
     }
 

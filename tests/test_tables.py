@@ -60,7 +60,7 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     monkeypatch.delenv("BUSBRA_DIR", raising=False)
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
     names = ["results", "classes", "published", "leakage", "folds", "patients"]
-    names += ["ablation", "detectors", "vgg", "vgg-variants", "tuned"]
+    names += ["ablation", "detectors", "vgg", "vgg-variants", "encoders", "tuned"]
     (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
     tables = "between\n".join(map(block.format, names))
     for path in make_tables.READMES[2:]:  # without a block, they stay as they are
@@ -78,6 +78,9 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     (tmp_path / "results/vgg.csv").write_text(
         "variant,loss,accuracy,macro_auc,sensitivity,calibration_error\nless,0.41,0.83,0.94,0.9,0.05\n"
     )
+    (tmp_path / "results/encoders.csv").write_text(
+        "variant,milliseconds,faster_than_float32,faster_than_bfloat16,dice\nquick,150,5.41,1.8,0.9211\n"
+    )
     for module in (results, make_tables):
         monkeypatch.setattr(module, "folder", lambda path="", profile="full": tmp_path / "results")
     make_tables.write()
@@ -90,6 +93,7 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     assert "<!-- /results -->\nbetween\n<!-- classes -->\n| Given" in text
     assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
     assert "| more | 0.710 | 72% | 0.900 | 0.800 | 0.610 | 62% | 0.700 |" in text
+    assert "| quick | 5.4 | 1.8 | 0.9211 |" in text
     assert text.endswith("<!-- /tuned -->\nafter\n")
     assert "outdated" not in main + text
     assert (tmp_path / "results/comparison.png").is_file()

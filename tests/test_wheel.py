@@ -86,6 +86,6 @@ def test_the_installed_package_reads_its_data(installed):
     file, rows, ablations, runs, detectors = run(installed, code, PYTHONPATH=libraries)
     assert Path(file).is_relative_to(installed.parent.parent)
     assert int(rows) == len(list((ROOT / "results").glob("*.json"))) > 0
-    assert set(ablations.split()) == {"ablation.csv", "detectors.csv", "vgg.csv"}
+    assert set(ablations.split()) == {"ablation.csv", "detectors.csv", "encoders.csv", "vgg.csv"}
     assert runs == "True"
     assert detectors == "4 4"

@@ -16,17 +16,5 @@ from helpers.sam.segmenter import (
     load,
 )
 
-__all__ = [
-    "PREPROCESSING",
-    "Embedding",
-    "Preprocessing",
-    "Segmenter",
-    "check_image",
-    "default_checkpoint",
-    "enlarge",
-    "fit_in_process",
-    "launch",
-    "load",
-    "preprocess",
-    "scale_box",
-]
+__all__ = ["PREPROCESSING", "Embedding", "Preprocessing", "Segmenter", "check_image", "default_checkpoint"]
+__all__ += ["enlarge", "fit_in_process", "launch", "load", "preprocess", "scale_box"]

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from helpers import augment, cache, data
+from helpers.sam import networks, openvino
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +88,11 @@ def embed_rows(
 
 def encoder_hash(segmenter) -> str:
     """Return a hash of all that an embedding depends on besides the image."""
-    settings = dataclasses.asdict(segmenter.preprocessing) | {"title": "", "of": segmenter.precision}
+    how = segmenter.precision + " by OpenVINO" * openvino.serves(segmenter)
+    settings = dataclasses.asdict(segmenter.preprocessing) | {"title": "", "of": how}
     model = segmenter.model  # a part of SAM 2's decoder, too, makes the embedding
-    return cache.key(settings, state_hash(model.vision_encoder if segmenter.model_type == "sam" else model))
-
-
-def state_hash(module: torch.nn.Module) -> str:
-    """Return a hash of a torch module's weights."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    made_by = model.vision_encoder if segmenter.model_type == "sam" else model
+    return cache.key(settings, networks.state_hash(made_by))
 
 
 def _read(path):

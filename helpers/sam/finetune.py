@@ -18,7 +18,7 @@ from monai.metrics import compute_dice
 
 from helpers import augment, cache, data, images, metrics, prompts, training
 from helpers.params import limited
-from helpers.sam import embeddings
+from helpers.sam import embeddings, networks
 from helpers.sam.preprocess import enlarge, scale_box
 
 VERSION = 3  # raise it with every change that gives other numbers: older runs are then not read
@@ -80,7 +80,7 @@ def fit(segmenter, train, val, folder="", report=None, **config) -> pd.DataFrame
     data.check_apart(train, val)
     train, val = _with_lesion(train, "train"), _with_lesion(val, "val")
     decoder = _Decoder(segmenter, config)
-    start = embeddings.encoder_hash(segmenter), embeddings.state_hash(decoder), segmenter.device.type
+    start = embeddings.encoder_hash(segmenter), networks.state_hash(decoder), segmenter.device.type
     of_data = data.signature(train), data.signature(val)
     run = cache.run("training", VERSION, config, *start, *of_data, path=folder)
 

@@ -187,6 +187,15 @@ def load_state(model, state, source):
     model.tie_weights()
 
 
+def state_hash(module: torch.nn.Module) -> str:
+    """Return a hash of a torch module's weights."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _check_keys(source, missing, unexpected, shapes):
     found = {"lacks": missing, "has too many": unexpected, "has another shape for": shapes}
     if any(found.values()):

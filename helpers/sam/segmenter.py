@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import re
@@ -15,7 +16,7 @@ import torch
 
 from helpers import cache
 from helpers.devices import default_device, fastest_precision, memory_advice
-from helpers.sam import networks
+from helpers.sam import networks, openvino
 from helpers.sam.preprocess import PREPROCESSING, enlarge, preprocess, processor, scale_box
 
 OPTIONS = {"precision": ("float32", "bfloat16", "float16", "auto"), "family": (None, "sam", "medsam")}
@@ -170,6 +171,7 @@ class Segmenter:
         """Run the image encoder on uint8 (H, W, 3) RGB arrays of any sizes, `batch_size` at once."""
         for image in images:
             check_image(image)
+        encode = self._by_openvino or self.encode
         batches = [images[k : k + self.batch_size] for k in range(0, len(images), self.batch_size)]
         embeddings: list[Embedding] = []
         with ThreadPoolExecutor(1) as thread:  # it preprocesses the next batch while the encoder runs
@@ -180,7 +182,7 @@ class Segmenter:
                 pixels, resized = coming.pop().result()
                 coming += itertools.islice(started, 1)
                 with memory_advice("batch_size", self.batch_size):
-                    features = self.encode(pixels)
+                    features = encode(pixels)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)  # else the clock stops before the work does
                 seconds = (time.perf_counter() - begun) / len(batch)
@@ -190,6 +192,10 @@ class Segmenter:
                     for feature, image, size in zip(single, batch, resized)
                 ]
         return embeddings
+
+    @functools.cached_property
+    def _by_openvino(self):
+        return openvino.compiled(self) if openvino.serves(self) else None
 
     def encode(self, pixels: torch.Tensor):
         """Return the float32 features of N images, `preprocess`ed pixels (N, 3, size, size)."""
