@@ -180,6 +180,14 @@ VARIANTS = {
         "BUS-BRA: found": ("busbra_found", ".0%"),
         "BUS-BRA: malignant AUC": ("busbra_malignant_auc", ".3f"),
     },
+    "unet": {
+        "Kept epoch": ("kept_epoch", ".0f"),
+        "Dice": ("dice", ".3f"),
+        "Lesions found": ("found", ".0%"),
+        "Normal images marked": ("marked", ".0%"),
+        "Dice, all images": ("all", ".3f"),
+    },
+    "unet_cost": {"A training step takes, times the first": ("times_the_first", ".1f")},
     "encoders": {
         "Against torch in float32": ("faster_than_float32", ".1f"),
         "Against torch in bfloat16": ("faster_than_bfloat16", ".1f"),
@@ -247,6 +255,8 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "detectors": variants_table("detectors"),
         "vgg": vgg_table(results),
         "vgg-variants": variants_table("vgg"),
+        "unet-variants": variants_table("unet"),
+        "unet-cost": variants_table("unet_cost"),
         "encoders": variants_table("encoders"),
         "tuned": tuned_table(),
     }

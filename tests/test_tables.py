@@ -60,7 +60,8 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     monkeypatch.delenv("BUSBRA_DIR", raising=False)
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
     names = ["results", "classes", "published", "leakage", "folds", "patients"]
-    names += ["ablation", "detectors", "vgg", "vgg-variants", "encoders", "tuned"]
+    names += ["ablation", "detectors", "vgg", "vgg-variants", "unet-variants", "unet-cost"]
+    names += ["encoders", "tuned"]
     (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
     tables = "between\n".join(map(block.format, names))
     for path in make_tables.READMES[2:]:  # without a block, they stay as they are
@@ -81,6 +82,12 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     (tmp_path / "results/encoders.csv").write_text(
         "variant,milliseconds,faster_than_float32,faster_than_bfloat16,dice\nquick,150,5.41,1.8,0.9211\n"
     )
+    (tmp_path / "results/unet.csv").write_text(
+        "variant,kept_epoch,dice,found,marked,all\nwide,40,0.71,0.75,0.25,0.72\n"
+    )
+    (tmp_path / "results/unet_cost.csv").write_text(
+        "variant,milliseconds,times_the_first\n64 filters,140,6.89\n"
+    )
     for module in (results, make_tables):
         monkeypatch.setattr(module, "folder", lambda path="", profile="full": tmp_path / "results")
     make_tables.write()
@@ -94,6 +101,8 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
     assert "| more | 0.710 | 72% | 0.900 | 0.800 | 0.610 | 62% | 0.700 |" in text
     assert "| quick | 5.4 | 1.8 | 0.9211 |" in text
+    assert "| wide | 40 | 0.710 | 75% | 25% | 0.720 |" in text
+    assert "| 64 filters | 6.9 |" in text
     assert text.endswith("<!-- /tuned -->\nafter\n")
     assert "outdated" not in main + text
     assert (tmp_path / "results/comparison.png").is_file()
