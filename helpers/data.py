@@ -31,6 +31,8 @@ LABELS = ("normal", "benign", "malignant")
 BUSBRA = "BUS-BRA (doi 10.5281/zenodo.8231412)"
 KAGGLE_HANDLE = "aryashah2k/breast-ultrasound-images-dataset/versions/1"
 N_FOLDS = 5
+LEAST_PRETRAINING = 8  # images per class, so that there are five folds
+PRETRAINING_SEED = 11
 COLUMNS = ["image_id", "label", "image_path", "mask_paths", "group", "objection", "annotation"]
 COLUMNS += ["same_frame", "source"]
 
@@ -185,6 +187,21 @@ def load_dataset(choice: str = "auto") -> pd.DataFrame:
     index = load_index(synthetic.make_busi(folder, count))
     print(f"Data: SYNTHETIC images, not patients ({reason})")
     return index
+
+
+def pretraining_set(images_per_class: int, folder: str | Path = "") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Make synthetic images to pretrain a network on: other ones than those that stand in for BUSI.
+
+    They are kept in `folder` ("" is `helpers.cache.folder()`). Returns (train, val), rows of an index.
+    ValueError where `images_per_class` is below `LEAST_PRETRAINING`: too few to be split.
+    """
+    if images_per_class < LEAST_PRETRAINING:
+        allowed = f"0 (none), or {LEAST_PRETRAINING} or more"
+        raise ValueError(f"pretrain_images is {images_per_class}; it must be {allowed}")
+    name = f"synthetic-v{synthetic.VERSION}-{images_per_class}-pretraining"
+    root = synthetic.make_busi(cache.folder(folder) / name, images_per_class, PRETRAINING_SEED)
+    rows = split(load_index(root))
+    return rows[rows.subset != "val"], scored(rows, "val")
 
 
 def load_busbra(root: str | Path) -> pd.DataFrame:

@@ -24,6 +24,7 @@ SETTINGS = {
     "UNET_WIDTH": "filters of the U-Net's first level",
     "UNET_SIZE": "pixels: the U-Net sees size x size",
     "UNET_EPOCHS": "passes of the U-Net over the training images",
+    "PRETRAIN_IMAGES": "synthetic images per class that a network is pretrained on",
     "VGG_WEIGHTS": "what VGG-16 starts from: 'imagenet', a file of its convolutions, or 'scratch'",
     "VGG_IMAGES": "training images of VGG-16, spread over the set; 0 means all",
     "VGG_SIZE": "pixels: VGG-16 sees size x size",

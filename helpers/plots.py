@@ -187,20 +187,6 @@ def training_curves(history: pd.DataFrame, columns=DICE_CURVES, title="Training"
     return finish(figure, history, title, scored=True)
 
 
-def paired_differences(after: pd.DataFrame, before: pd.DataFrame) -> Figure:
-    """One bar per image, sorted: the change of its score, from `helpers.metrics.score`, by fine-tuning."""
-    figure, axes = plt.subplots(figsize=(9, 3.4))
-    change = (after.dice - before.dice).sort_values()
-    axes.bar(range(len(change)), change, color=after.label[change.index].map(LABEL_COLOURS), width=1)
-    mean = axes.axhline(change.mean(), color="black", linestyle="--", linewidth=1)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    labels = [label for label in data.LABELS if (after.label == label).any()]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=LABEL_COLOURS[label]) for label in labels]
-    axes.legend([*handles, mean], [*labels, "mean"], frameon=False, loc="upper left")
-    axes.set(xlabel="held-out images, sorted", ylabel="change in Dice", xticks=[])
-    return finish(figure, after, "After fine-tuning, against the released weights", scored=True)
-
-
 def score_strips(scores_by_name: dict) -> Figure:
     """Dice per image as dots, with the mean of each label as a bar.
 

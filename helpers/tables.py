@@ -29,7 +29,8 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
     columns["HD95, px"] = _with_interval(rows, "lesions_hd95", ".1")
     columns["NSD, 2 px"] = _with_interval(rows, "lesions_nsd", ".3")
     if "normal_dice" in rows:
-        columns["False alarms"] = [_text(1 - dice, ".0%") for dice in rows.normal_dice]
+        alarms = 1 - rows.normal_dice
+        columns["False alarms"] = alarms.map("{:.0%}".format).where(alarms.notna(), "")
     columns["Gain over the ellipse"] = _with_interval(rows, "gain", "+.3")
     return pd.DataFrame(columns).reset_index(drop=True)
 
@@ -98,10 +99,6 @@ def beside_published(results: pd.DataFrame) -> pd.DataFrame:
             line["On the test fold"] = f"{row.score_name} {row.score:.3f}"
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def _text(value, digits):
-    return "" if pd.isna(value) else f"{value:{digits}}"
 
 
 def _with_interval(rows, column, digits):

@@ -47,9 +47,10 @@ with quiet_stderr():
         else:
             tf.config.set_visible_devices([], "GPU")
 
-VERSION = 4  # raise it with every change that gives other numbers: older runs are then not resumed
+VERSION = 3  # raise it with every change that gives other numbers: older runs are then not resumed
 # What did best on the validation images of fold 0 on two cores; notebook 04 shows it against the reference.
-VALIDATED = {"loss": "dice+ce", "batch_norm": True, "augment": 1.0, "schedule": "cosine", "average": 0.99}
+VALIDATED = {"loss": "dice+ce", "batch_norm": True, "augment": 1.0, "pretrain_images": 500}
+VALIDATED |= {"schedule": "cosine", "average": 0.99}
 LEVELS = 4  # of pooling
 # The last layer of each level has its name.
 LEVEL_NAMES = [f"down_{k + 1}" for k in range(LEVELS)] + ["bottleneck"]
@@ -89,6 +90,9 @@ class Config:
     loss: str = limited("mse", options=tuple(LOSSES))
     # strength of flip, rotation, zoom, shift, contrast, brightness and gamma: 1 is usual, 0 none
     augment: float = limited(0.0, at_least=0, below=4)
+    # synthetic images per class (`helpers.data.pretraining_set`) to train on first, in a run of its own
+    pretrain_images: int = limited(0, at_least=0)
+    pretrain_epochs: int = limited(8, at_least=1)
     epochs: int = limited(50, at_least=1)  # passes over the training images
     batch_size: int = limited(8, at_least=1)  # images per step
     optimizer: str = limited("adamw", options=tuple(OPTIMIZERS))
@@ -141,10 +145,8 @@ def build(config: Config | None = None) -> keras.Model:
         x = layers.Conv2DTranspose(config.width * 2**k, 2, strides=2, **spatial)(x)
         x = layers.Concatenate(**plain)([x, skips[k]])
         x = level(x, config.width * 2**k, up, f"up_{k + 1}")
-    last = {"activation": "linear"}
-    if config.loss == "mse":  # of weights with both signs, many a start is dead: all 0, and no gradient
-        last = {"activation": "relu", "kernel_initializer": keras.initializers.RandomUniform(0, 0.1)}
-    head = layers.Conv2D(1, 1, dtype="float32", name="head", **last, **LAST)
+    activation = "relu" if config.loss == "mse" else "linear"
+    head = layers.Conv2D(1, 1, activation=activation, dtype="float32", name="head", **LAST)
     return keras.Model(image, head(x), name="unet")
 
 
@@ -277,11 +279,11 @@ def fit(
     parts = VERSION, keras.backend.backend(), settings, data.signature(train), data.signature(val)
     run = cache.run("unet", *parts, path=folder)
     if not run.finished:
-        _train(train, val, config, run, report)
+        _train(train, val, config, run, folder, report)
     return load(run.folder / "unet.keras"), run.history().assign(source=train.source.iloc[0])
 
 
-def _train(train, val, config, run, report):
+def _train(train, val, config, run, folder, report):
     """Train after the last state in the run's folder.
 
     Keras writes its backup in place, into the folder `writing`. When all of an epoch is on disk, that
@@ -291,6 +293,11 @@ def _train(train, val, config, run, report):
     log, writing, best = work / "log.csv", work / "writing", work / "best-{epoch}.weights.h5"
     done = max((int(path.name.removeprefix("state-")) for path in work.glob("state-*")), default=0)
     network = build(config)
+    if config.pretrain_images and not done:
+        synthetic = data.pretraining_set(config.pretrain_images, folder)
+        print(f"first {len(synthetic[0])} synthetic images, then the training images")
+        first = dataclasses.asdict(config) | {"pretrain_images": 0, "epochs": config.pretrain_epochs}
+        network.set_weights(fit(*synthetic, folder, **first)[0].get_weights())
     compile_network(network, config, config.epochs * steps)
     checkpoint = {"monitor": "val_dice", "mode": "max", "save_best_only": True}
     if done:

@@ -33,7 +33,7 @@ SLOW_FILES += ("test_train", "test_detector", "test_finetune", "test_training")
 SLOW_NAMES = re.compile(
     "stopped_run|finished_run|learns|learnt|processes_build|one_process|half_precision|bfloat16"
     "|published_steps|released|by_hand|own_file|torch_backend|epoch|no_number|each_fold"
-    "|kill|locale|channels_first|save_and_load"
+    "|kill|locale|pretrained_first|channels_first|save_and_load"
 )
 
 

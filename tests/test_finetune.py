@@ -344,9 +344,9 @@ if __name__ == "__main__":
     train, val = (pd.read_pickle(path) for path in sys.argv[1:3])
     arguments = ("tiny", "float32", train, val, sys.argv[3], {"epochs": 2, "learning_rate": 1e-3})
     if sys.argv[4] == "1":
-        notebook_launcher(sam.fit_in_process, arguments, num_processes=1)
+        notebook_launcher(sam.segmenter.fit_in_process, arguments, num_processes=1)
     else:
-        debug_launcher(sam.fit_in_process, arguments, num_processes=int(sys.argv[4]))
+        debug_launcher(sam.segmenter.fit_in_process, arguments, num_processes=int(sys.argv[4]))
 """
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from helpers import data, images, metrics, plots, prompts, results
 
-SCORED = {"overlays", "score_strips", "jitter_curve", "training_curves", "calibration", "paired_differences"}
+SCORED = {"overlays", "score_strips", "jitter_curve", "training_curves", "calibration"}
 PARTS = {"finish", "grid", "legend", "overlay"}
 
 
@@ -51,7 +51,6 @@ def figures(index, rows, boxes, masks, scores, tmp_path):
         "training_curves": plots.training_curves(history),
         "pictures": plots.pictures([image, image[..., 0]], ["a", "b"], "Some", rows),
         "calibration": plots.calibration({"model": classes}, rows),
-        "paired_differences": plots.paired_differences(scores, scores.assign(dice=0.5)),
         "comparison": plots.comparison(results.load_all(tmp_path)),
     }
 

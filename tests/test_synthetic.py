@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from helpers import synthetic
+from helpers import data, synthetic
 
 N = 8
 COLUMNS = ["image", "class", "group_same_frame", "group_extended", "objection", "annotation", "n_masks"]
@@ -319,3 +319,15 @@ def test_foreign_folder_is_an_error_and_stays(tmp_path):
 def test_another_set_is_an_error(root, change):
     with pytest.raises(FileExistsError, match=f'"images_per_class": {N}, "seed": 0}}, not'):
         synthetic.make_busi(root, **({"images_per_class": N, "seed": 0} | change))
+
+
+def test_a_pretraining_set_is_split_and_no_stand_in(synthetic_root, tmp_path):
+    train, val = data.pretraining_set(8, tmp_path)
+    data.check_apart(train, val)
+    data.check_classes(train)
+    again, _ = data.pretraining_set(8, tmp_path)
+    assert again.equals(train)
+    stand_in = data.load_index(synthetic_root)
+    assert data.signature(train.head(2)) != data.signature(stand_in.loc[train.index[:2]])
+    with pytest.raises(ValueError, match=r"pretrain_images is 3; it must be 0 \(none\), or 8 or more"):
+        data.pretraining_set(3, tmp_path)

@@ -56,6 +56,8 @@ def test_activation_width_and_size_are_parameters():
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"learning_rate": 0}, "learning_rate is 0; it must be above 0"),
         ({"augment": -1}, "augment is -1; it must be 0 or more"),
+        ({"pretrain_images": -1}, "pretrain_images is -1; it must be 0 or more"),
+        ({"pretrain_epochs": 0}, "pretrain_epochs is 0; it must be 1 or more"),
         ({"average": 1.0}, "average is 1.0; it must be 0 or more, and below 1"),
         ({"dropout": (0.2, 1.0)}, "dropout is 1.0; it must be 0 or more, and below 1"),
     ],
@@ -214,6 +216,30 @@ def test_a_run_stopped_after_its_last_epoch_is_finished(rows, tmp_path, monkeypa
     found = network.predict(images / np.float32(255), verbose=0)
     dice = np.mean(unet.dice(masks, found, 0.5))
     assert dice == pytest.approx(history.val_dice[history.best].item(), abs=1e-5)
+
+
+def test_a_network_is_pretrained_first_and_once(rows, tmp_path, capsys, monkeypatch):
+    started, compile_network = [], unet.compile_network
+
+    def spy(network, *rest):
+        started.append(network.get_weights())
+        compile_network(network, *rest)
+
+    monkeypatch.setattr(unet, "compile_network", spy)
+    config = TINY | {"pretrain_images": 8, "pretrain_epochs": 2, "epochs": 1}
+    unet.fit(*rows, tmp_path, **config)
+    assert "synthetic images, then the training images" in capsys.readouterr().out
+    random = unet.build(unet.Config(**TINY)).get_weights()
+    first = TINY | {"epochs": 2, "pretrain_epochs": 2}
+    pretrained = unet.fit(*data.pretraining_set(8, tmp_path), tmp_path, **first)[0].get_weights()
+    assert "finished before" in capsys.readouterr().out
+    assert all(map(np.array_equal, started[0], random))
+    assert all(map(np.array_equal, started[1], pretrained))
+    assert not np.allclose(started[1][0], random[0])
+    unet.fit(rows[0].iloc[1:], rows[1], tmp_path, **config)  # other rows, the same synthetic ones
+    assert "finished before" in capsys.readouterr().out
+    assert all(map(np.array_equal, started[2], pretrained))
+    assert len(started) == 3
 
 
 def test_an_optimizer_is_chosen_by_name():

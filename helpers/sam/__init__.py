@@ -6,15 +6,7 @@ probably contain BUSI, so their rows say "released weights". SAM-HQ, SAM 2, Edge
 """
 
 from helpers.sam.preprocess import PREPROCESSING, Preprocessing, enlarge, preprocess, scale_box
-from helpers.sam.segmenter import (
-    Embedding,
-    Segmenter,
-    check_image,
-    default_checkpoint,
-    fit_in_process,
-    launch,
-    load,
-)
+from helpers.sam.segmenter import Embedding, Segmenter, check_image, default_checkpoint, launch, load
 
 __all__ = ["PREPROCESSING", "Embedding", "Preprocessing", "Segmenter", "check_image", "default_checkpoint"]
-__all__ += ["enlarge", "fit_in_process", "launch", "load", "preprocess", "scale_box"]
+__all__ += ["enlarge", "launch", "load", "preprocess", "scale_box"]

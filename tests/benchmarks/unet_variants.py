@@ -30,12 +30,13 @@ COSTS = {
     "64 filters, bfloat16": "64 bfloat16 8",
     "64 filters, bfloat16, Keras on torch": "64 bfloat16 8 torch",
 }
+WITHOUT = {"pretrain_images": 0}
 RECIPES = {
     "the config": {},
-    "the config, seed 1": {"seed": 1},
-    "twice the augmentation": {"augment": 2.0},
-    "32 filters": {"width": 32},
-    "64 filters": {"width": 64},
+    "no pretraining": WITHOUT,
+    "no pretraining, twice the augmentation": WITHOUT | {"augment": 2.0},
+    "no pretraining, 32 filters": WITHOUT | {"width": 32},
+    "no pretraining, 64 filters": WITHOUT | {"width": 64},
 }
 
 
