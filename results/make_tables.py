@@ -146,7 +146,7 @@ def vgg_table(results: pd.DataFrame) -> pd.DataFrame:
     images = pd.concat([per_image(row) for row in single.itertuples()])
     images = images.groupby(["image_id", "group"]).score.mean().reset_index()
     low, high = metrics.bootstrap_interval(images.score, images.group)
-    folds.loc["mean"] = folds.mean()
+    folds.loc["mean"] = folds.mean(skipna=False)  # none of what a fold lacks
     shown = {
         "Test fold": folds.index.astype(str),
         "Accuracy of each seed": [*seeds, f"[{low:.3f}, {high:.3f}]"],
