@@ -193,6 +193,10 @@ VARIANTS = {
         "Against torch in bfloat16": ("faster_than_bfloat16", ".1f"),
         "Dice": ("dice", ".4f"),
     },
+    "encoders_without_bfloat16": {
+        "Against torch in float32": ("faster_than_float32", ".1f"),
+        "Dice": ("dice", ".4f"),
+    },
 }
 
 
@@ -258,6 +262,7 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "unet-variants": variants_table("unet"),
         "unet-cost": variants_table("unet_cost"),
         "encoders": variants_table("encoders"),
+        "encoders-without-bfloat16": variants_table("encoders_without_bfloat16"),
         "tuned": tuned_table(),
     }
 

@@ -1,7 +1,9 @@
 """SAM-HQ, SAM 2, EdgeTAM and SAM 3's tracker behind `Segmenter`, each against its own processor's steps."""
 
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,8 @@ from conftest import BOX
 from PIL import Image
 from safetensors.torch import save_file
 
-from helpers import sam
+from helpers import pipeline, sam
+from helpers.pipeline import diagnosis, export
 from helpers.sam import embeddings, networks
 
 FAMILIES = ["sam_hq", "sam2", "sam2_video", "edgetam", "sam3_tracker", "sam3_video"]
@@ -174,6 +177,22 @@ def test_neither_trained_nor_saved(segmenter, tmp_path):
         segmenter.fit(None, None, tmp_path)
     with pytest.raises(ValueError, match="of the family '.*is not saved"):
         segmenter.save(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_reads_the_coarsest_level_and_is_not_exported(segmenter, image, tmp_path, monkeypatch):
+    [embedding] = segmenter.embed([image])
+    coarse = [level for level in embedding.features if level.shape == (32, 8, 8)]
+    assert len(coarse) == 1
+    mask = np.zeros(image.shape[:2], bool)
+    mask[10:30, 12:40] = True
+    parts = [0.5, 0.5], mask * 0.9, mask
+    found = diagnosis.features(*parts, embedding)
+    alone = dataclasses.replace(embedding, features=coarse[0])
+    assert np.array_equal(found, diagnosis.features(*parts, alone))
+    monkeypatch.setattr(pipeline, "load", lambda *_: SimpleNamespace(segmenter=segmenter))
+    with pytest.raises(ValueError, match="of the family '.*is not exported; take 'lite-medsam'"):
+        export.to_onnx(tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
 

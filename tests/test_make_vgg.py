@@ -47,6 +47,18 @@ def test_each_fold_and_of_fold_0_each_split_and_input(calls, tmp_path):
     assert "elsewhere" not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
 
 
+def test_the_mean_of_seeds_that_were_run_apart(calls, tmp_path):
+    (mean,) = tmp_path.glob("*-vgg-mean-*-fold-3-*.json")
+    expected = mean.read_text()
+    mean.unlink()
+    make_vgg.main(["--results", str(tmp_path), "--folds", "3", "--seeds", "1"])
+    assert mean.read_text() == expected
+    mean.unlink()
+    next(tmp_path.glob("*-vgg-image-*-fold-3-seed-2-*.json")).unlink()
+    make_vgg.main(["--results", str(tmp_path), "--folds", "3", "--seeds", "1"])
+    assert not mean.exists()
+
+
 def test_no_group_of_the_test_fold_takes_part(calls, index):
     for train, val, masks, config in calls[:3]:
         test = data.scored(data.split(index), "test")

@@ -61,7 +61,7 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
     names = ["results", "classes", "published", "leakage", "folds", "patients"]
     names += ["ablation", "detectors", "vgg", "vgg-variants", "unet-variants", "unet-cost"]
-    names += ["encoders", "tuned"]
+    names += ["encoders", "encoders-without-bfloat16", "tuned"]
     (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
     tables = "between\n".join(map(block.format, names))
     for path in make_tables.READMES[2:]:  # without a block, they stay as they are
@@ -82,6 +82,9 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     (tmp_path / "results/encoders.csv").write_text(
         "variant,milliseconds,faster_than_float32,faster_than_bfloat16,dice\nquick,150,5.41,1.8,0.9211\n"
     )
+    (tmp_path / "results/encoders_without_bfloat16.csv").write_text(
+        "variant,milliseconds,faster_than_float32,dice\nplain,700,1.71,0.9211\n"
+    )
     (tmp_path / "results/unet.csv").write_text(
         "variant,kept_epoch,dice,found,marked,all\nwide,40,0.71,0.75,0.25,0.72\n"
     )
@@ -101,6 +104,7 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     assert "| nothing |  | 0.9000 | 0.8000 | 0.7000 | 0.6000 |\n| magic | 12 | 0.9100" in text
     assert "| more | 0.710 | 72% | 0.900 | 0.800 | 0.610 | 62% | 0.700 |" in text
     assert "| quick | 5.4 | 1.8 | 0.9211 |" in text
+    assert "| plain | 1.7 | 0.9211 |" in text
     assert "| wide | 40 | 0.710 | 75% | 25% | 0.720 |" in text
     assert "| 64 filters | 6.9 |" in text
     assert text.endswith("<!-- /tuned -->\nafter\n")

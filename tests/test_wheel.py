@@ -86,7 +86,7 @@ def test_the_installed_package_reads_its_data(installed):
     file, rows, ablations, runs, detectors = run(installed, code, PYTHONPATH=libraries)
     assert Path(file).is_relative_to(installed.parent.parent)
     assert int(rows) == len(list((ROOT / "results").glob("*.json"))) > 0
-    measured = ("ablation", "detectors", "encoders", "unet", "unet_cost", "vgg")
+    measured = ("ablation", "detectors", "encoders", "encoders_without_bfloat16", "unet", "unet_cost", "vgg")
     assert set(ablations.split()) == {f"{name}.csv" for name in measured}
     assert runs == "True"
     assert detectors == "4 4"

@@ -40,22 +40,31 @@ def features(answers: np.ndarray, lesion_map: np.ndarray, mask: np.ndarray, embe
         answers: (2,) probabilities of `helpers.pipeline.detector.ANSWERS`.
         lesion_map: float (H, W), probability of lesion.
         mask: bool (H, W), made of it; may be empty.
-        embedding: of the frame, a `helpers.sam.Embedding` of so many channels.
+        embedding: of the frame, a `helpers.sam.Embedding` of so many channels; of several levels (SAM 2,
+            SAM-HQ) the coarsest tells.
 
     Returns:
         float (len(FEATURES) + 2 * channels,), none in pixels; 0 for what an empty mask leaves undefined.
     """
     odds = np.clip(answers, 1e-4, 1 - 1e-4)
-    shape, pooled = np.zeros(5), np.zeros(2 * embedding.features.shape[0])
+    shape, pooled = np.zeros(5), np.zeros(2 * len(_coarsest(embedding)))
     if mask.any():
         shape[:] = np.log(mask.mean()), *_shape(mask), expected_dice(lesion_map, mask)
         pooled = _pooled(embedding, mask)
     return np.concatenate([np.log(odds / (1 - odds)), shape, pooled])
 
 
+def _coarsest(embedding):
+    """Return float32 (channels, h, w), of several levels the one with the fewest cells."""
+    levels = embedding.features
+    if isinstance(levels, tuple):
+        levels = min(levels, key=lambda level: level.shape[-2:].numel())
+    return levels.float().cpu().numpy()
+
+
 def _pooled(embedding, mask):
     """Return the means of an embedding in a mask, bool (H, W), and in the ring around it, in one row."""
-    known = embedding.features.float().cpu().numpy()
+    known = _coarsest(embedding)
     scale = max(known.shape[1:]) / max(embedding.resized)
     height, width = (max(1, round(side * scale)) for side in embedding.resized)  # the rest is padding
     inside = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)

@@ -29,6 +29,7 @@ def to_onnx(folder: str | Path, weights: str | Path | None = None) -> None:
         ImportError: onnx or onnxscript is not installed.
         FileExistsError: the folder holds something else.
         OSError: it can't be written.
+        ValueError: the pipeline's segmenter is neither SAM's nor MedSAM's.
     """
     for needed in ("onnx", "onnxscript"):
         if importlib.util.find_spec(needed) is None:
@@ -37,6 +38,7 @@ def to_onnx(folder: str | Path, weights: str | Path | None = None) -> None:
     if folder.exists() and not (folder / "detector.onnx").is_file():
         raise FileExistsError(f"{str(folder)!r} is no earlier export; choose another folder")
     pipe = pipeline.load(weights, "cpu", "float32")
+    pipe.segmenter.check_family("exported")
     segmenter, detectors = pipe.segmenter, [one.cpu() for one in pipe.detectors]
     size, side, cell = detectors[0].shape["size"], segmenter.preprocessing.input_size, detector.COARSE
     pixels, seen = torch.zeros(2, 1, size, size, dtype=torch.uint8), torch.zeros(2, 3, side, side)

@@ -272,7 +272,7 @@ class Segmenter:
         """
         from helpers.sam import finetune
 
-        self._check_family("fine-tuned")
+        self.check_family("fine-tuned")
         return finetune.fit(self, train, val, folder, report, **config)
 
     def save(self, folder) -> None:
@@ -288,7 +288,7 @@ class Segmenter:
         """
         from safetensors.torch import save_file
 
-        self._check_family("saved")
+        self.check_family("saved")
         folder = Path(folder)
         if folder.exists() and not (folder / networks.MARKER).is_file():
             raise FileExistsError(f"{str(folder)!r} is no saved segmenter; choose another folder")
@@ -312,7 +312,8 @@ class Segmenter:
                     self.processor.save_pretrained(new)
             (new / networks.MARKER).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
-    def _check_family(self, done):
+    def check_family(self, done: str) -> None:
+        """Raise a ValueError where the network is neither SAM's nor MedSAM's; `done` is what can't be."""
         if self.model_type != "sam":
             raise ValueError(
                 f"checkpoint {self.checkpoint!r} is of the family {self.model_type!r}, which predicts and is "

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from monai.losses import DiceCELoss
@@ -162,11 +163,10 @@ def learn(segmenter, train, val, epochs, example, begun):
 def target(truth, resized, grid, preprocessing):
     """Resize and pad a truth like its image: float32 (1, grid, grid)."""
     height, width = (max(1, round(side * grid / preprocessing.input_size)) for side in resized)
-    small = torch.nn.functional.interpolate(
-        torch.from_numpy(truth)[None, None].float(), (height, width), mode="area"
-    )
+    # torch's own "area" averages whole pixels: with it, the loss of a small lesion is a tenth lower.
+    small = cv2.resize(truth.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
     padding = (0, grid - width, 0, grid - height)
-    return torch.nn.functional.pad(small[0] > 0.5, padding).float()
+    return torch.nn.functional.pad(torch.from_numpy(small)[None] > 0.5, padding).float()
 
 
 def our_loop(checkpoint, precision, train, val, epochs, scratch):
