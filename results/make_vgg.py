@@ -56,7 +56,8 @@ def score(split, given, fold, options):
         about["details"] = {"training": results.trained(history, dataclasses.asdict(vgg.Config(**config)))}
         record(test, seed, fold, options, probabilities, **about)
     known = results.load_all(options.results)
-    wanted = {"key": "vgg", "prompt": given, "split": test.split.iloc[0], "fold": fold, "images": len(test)}
+    wanted = {"key": "vgg", "prompt": given, "split": test.split.iloc[0], "fold": fold}
+    wanted["signature"] = data.signature(test)  # runs on these very images
     known = known[(known[list(wanted)] == pd.Series(wanted)).all(axis=1) & known.seed.isin(SEEDS)]
     if len(known) == len(SEEDS):
         mean = {"key": "vgg-mean", "title": f"{TITLE}, mean of three seeds", "prompt": given}

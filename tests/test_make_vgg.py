@@ -16,19 +16,19 @@ import make_vgg  # noqa: E402
 
 @pytest.fixture
 def calls(index, monkeypatch, tmp_path):
-    """Run all of it with a network that says "benign"; return what it was trained on, in order."""
+    """Run all of it with a network of seed k that says class k; return what it was trained on, in order."""
     seen = []
 
     def fit(train, val, masks, folder, **config):
         seen.append((train, val, masks, config))
         history = {"epoch": [1], "train_loss": [1.0], "val_loss": [1.0], "seconds": [2.0], "best": [True]}
-        return None, pd.DataFrame(history)
+        return config["seed"], pd.DataFrame(history)
 
     monkeypatch.setattr(data, "load_index", lambda: index)
     monkeypatch.setattr(make_vgg.vgg, "fit", fit)
     monkeypatch.setattr(make_vgg.vgg, "pictures", lambda rows, size, masks: rows)
     monkeypatch.setattr(
-        make_vgg.vgg, "predict", lambda network, rows, mirror: np.tile((0, 1, 0), (len(rows), 1))
+        make_vgg.vgg, "predict", lambda network, rows, mirror: np.tile(np.eye(3)[network], (len(rows), 1))
     )
     monkeypatch.setattr(make_vgg, "predicted", lambda *given: {})
     fewer = functools.partial(metrics.class_summary, resamples=10)
@@ -50,6 +50,9 @@ def test_each_fold_and_of_fold_0_each_split_and_input(calls, tmp_path):
 def test_the_mean_of_seeds_that_were_run_apart(calls, tmp_path):
     (mean,) = tmp_path.glob("*-vgg-mean-*-fold-3-*.json")
     expected = mean.read_text()
+    with results.opened(mean) as found:
+        shares = pd.DataFrame(found["per_image"]["probability"])
+    np.testing.assert_allclose(shares, 1 / 3, atol=1e-5)
     mean.unlink()
     make_vgg.main(["--results", str(tmp_path), "--folds", "3", "--seeds", "1"])
     assert mean.read_text() == expected

@@ -47,10 +47,11 @@ def features(answers: np.ndarray, lesion_map: np.ndarray, mask: np.ndarray, embe
         float (len(FEATURES) + 2 * channels,), none in pixels; 0 for what an empty mask leaves undefined.
     """
     odds = np.clip(answers, 1e-4, 1 - 1e-4)
-    shape, pooled = np.zeros(5), np.zeros(2 * len(_coarsest(embedding)))
+    known = _coarsest(embedding)
+    shape, pooled = np.zeros(5), np.zeros(2 * len(known))
     if mask.any():
         shape[:] = np.log(mask.mean()), *_shape(mask), expected_dice(lesion_map, mask)
-        pooled = _pooled(embedding, mask)
+        pooled = _pooled(known, embedding.resized, mask)
     return np.concatenate([np.log(odds / (1 - odds)), shape, pooled])
 
 
@@ -62,11 +63,10 @@ def _coarsest(embedding):
     return levels.float().cpu().numpy()
 
 
-def _pooled(embedding, mask):
+def _pooled(known, resized, mask):
     """Return the means of an embedding in a mask, bool (H, W), and in the ring around it, in one row."""
-    known = _coarsest(embedding)
-    scale = max(known.shape[1:]) / max(embedding.resized)
-    height, width = (max(1, round(side * scale)) for side in embedding.resized)  # the rest is padding
+    scale = max(known.shape[1:]) / max(resized)
+    height, width = (max(1, round(side * scale)) for side in resized)  # the rest is padding
     inside = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
     square = np.ones((2 * RING + 1, 2 * RING + 1), np.uint8)
     weights = np.stack([inside, cv2.dilate(inside, square) - inside]).reshape(2, -1)
