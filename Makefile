@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab run reproduce test test-gpu test-fast lint format pipeline vgg table links benchmark clean
+.PHONY: help demo lab run reproduce test test-gpu test-fast lint format pipeline unet vgg table links benchmark clean
 
 help: ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ format: .venv/installed ## put code and notebooks into the house style
 
 pipeline: .venv/installed ## train the automatic pipelines on BUSI and BUS-BRA, write their weights and results: hours
 	.venv/bin/python results/make_pipelines.py
+
+unet: .venv/installed ## train the U-Net with three seeds, write its results: an hour
+	.venv/bin/python results/make_unet.py
 
 vgg: .venv/installed ## train VGG-16 on every fold with three seeds, write its results: hours; WEIGHTS=my.safetensors for a file
 	.venv/bin/python results/make_vgg.py --weights "$(or $(WEIGHTS),imagenet)"

@@ -411,7 +411,8 @@ def test_bfloat16_outlines_the_same(lite, index):
     [embedding] = fast.embed([picture])
     assert embedding.features.dtype == torch.float32
     ours, theirs = fast.predict(embedding, box) > 0.5, lite.predict(picture, box) > 0.5
-    assert not torch.equal(embedding.features, lite.embed([picture])[0].features)
+    native = torch.cpu._is_avx512_bf16_supported()  # OpenVINO stays in float32 where it is not
+    assert not native or not torch.equal(embedding.features, lite.embed([picture])[0].features)
     assert (ours ^ theirs).mean() < 0.005
 
 

@@ -24,6 +24,7 @@ def serves(segmenter) -> bool:
 def compiled(segmenter) -> Callable:
     """Return a function from pixels (N, 3, size, size) to features, float32, in the segmenter's precision.
 
+    Where the processor has no bfloat16, OpenVINO stays in float32.
     The network is converted once, into a file of `helpers.cache.folder()`, where that can be written to.
     """
     import openvino

@@ -14,9 +14,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import variants
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "results"))
 
 COSTS = {
     "16 filters, float32": "16 float32 8",
@@ -37,6 +40,7 @@ RECIPES = {
     "no pretraining, twice the augmentation": WITHOUT | {"augment": 2.0},
     "no pretraining, 32 filters": WITHOUT | {"width": 32},
     "no pretraining, 64 filters": WITHOUT | {"width": 64},
+    "three seeds together": {},
 }
 
 
@@ -94,15 +98,20 @@ def step(width, precision, batch_size, *ways):
 
 def train_and_score(name, cache):
     """Train one of `RECIPES`, or read its finished run, and write what its validation images score."""
+    import make_unet
+
     from helpers import data, metrics, unet
 
     split = data.split(data.load_index())
     train, val = split[split.subset == "train"], data.scored(split, "val")
     config = unet.VALIDATED | {"width": 16, "epochs": 60, "precision": "auto"} | RECIPES[name]
-    network, history = unet.fit(train, val, cache, **config)
-    scores = metrics.score(val, unet.predict_masks(network, val, True), surface=False)
+    seeds = make_unet.SEEDS if name == "three seeds together" else [0]
+    networks, histories = zip(*(unet.fit(train, val, cache, **config, seed=seed) for seed in seeds))
+    scores = metrics.score(val, make_unet.mean_masks(networks, val), surface=False)
     lesion = scores.label != "normal"
-    line = {"variant": name, "kept_epoch": int(history.epoch[history.best].item())}
+    line = {"variant": name}
+    if len(seeds) == 1:
+        line["kept_epoch"] = int(histories[0].epoch[histories[0].best].item())
     line |= {"dice": scores.dice[lesion].mean(), "found": (scores.iou[lesion] >= 0.5).mean()}
     line |= {"marked": 1 - scores.dice[~lesion].mean(), "all": scores.dice.mean()}
     print(line, flush=True)

@@ -1,0 +1,80 @@
+"""Train the U-Net of notebook 04 with three seeds and score it on fold 0: `make unet`, an hour on 2 cores.
+
+Each seed, and the mean of the seeds' probabilities (what that gives on validation images, see
+`tests/benchmarks/unet_variants.py`). Finished runs are read, so seeds may be trained one by one.
+"""
+
+import argparse
+import dataclasses
+
+import numpy as np
+
+from helpers import data, metrics, prompts, results, unet
+
+CONFIGS = {"reference": {}, "validated": unet.VALIDATED}
+KEYS = {"reference": "unet-reference", "validated": "unet-improved"}
+SEEDS = [0, 1, 2]
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=["validated"])
+    parser.add_argument("--width", type=int, default=16, help="filters of the first level")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--splits", nargs="+", choices=("grouped", "random"), default=["grouped"])
+    parser.add_argument("--results", default="results", help="folder for result files")
+    parser.add_argument("--cache", default="", help="folder for runs")
+    options = parser.parse_args(arguments)
+    index = data.load_index()
+    for kind in options.splits:
+        split = data.split(index, grouped=kind == "grouped")
+        for name in options.configs:
+            score(split, name, options)
+
+
+def score(split, name, options):
+    """Train and score each seed of a config, and their mean where there are several."""
+    train, val, test = split[split.subset == "train"], data.scored(split, "val"), data.scored(split, "test")
+    title, networks = f"U-Net, {name} config, width {options.width}", []
+    baseline = metrics.score(test, typical_ellipses(train, test))
+    for seed in options.seeds:
+        config = {"width": options.width, "epochs": options.epochs, "precision": "auto", "seed": seed}
+        config |= CONFIGS[name]
+        network, history = unet.fit(train, val, options.cache, **config)
+        networks.append(network)
+        training = results.trained(history, dataclasses.asdict(unet.Config(**config)))
+        about = {"key": KEYS[name], "title": title, "details": {"training": training}}
+        record(test, [network], baseline, seed, options, **about)
+    if len(networks) > 1:
+        about = {"key": f"{KEYS[name]}-mean", "title": f"{title}, mean of {len(networks)} seeds"}
+        record(test, networks, baseline, options.seeds[0], options, **about)
+
+
+def typical_ellipses(train, test) -> dict:
+    """Return a dict from image_id to bool (H, W): an ellipse in the mean box of the training lesions."""
+    truths = [data.read_truth(row) for row in data.lesions(train).itertuples()]
+    shares = np.mean([prompts.mask_to_box(truth) / (truth.shape[::-1] * 2) for truth in truths], axis=0)
+    boxes = {row.image_id: shares * (data.image_shape(row)[::-1] * 2) for row in test.itertuples()}
+    return prompts.fill_ellipses(test, boxes)
+
+
+def record(test, networks, baseline, seed, options, **about):
+    masks, seconds = results.timed(mean_masks, networks, test)
+    recorder = results.Recorder(test, seed, 0, unet.device(), options.results)
+    scores = metrics.score(test, masks)
+    file = recorder.segmentation(scores, prompt="none", seconds=seconds, baseline=baseline, **about)
+    print(file, flush=True)
+
+
+def mean_masks(networks, rows) -> dict:
+    """Return a dict from image_id to bool (H, W): the networks' mean probability above 0.5, mirrored too."""
+    images = {row.image_id: data.read_image(row.image_path) for row in rows.itertuples()}
+    return {
+        name: np.mean([unet.predict(network, image, mirror=True) for network in networks], axis=0) > 0.5
+        for name, image in images.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
