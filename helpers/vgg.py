@@ -160,7 +160,7 @@ def fit(
     device = torch.device(default_device())
     precision = fastest_precision(device) if settings.precision == "auto" else settings.precision
     mixed = precision == "bfloat16"
-    of_data: list = [data.signature(rows) for rows in (train, val)]
+    of_data: list = [(data.signature(rows), [*rows.label]) for rows in (train, val)]
     if masks:
         of_data += [np.packbits(masks[name]).tobytes() for name in (*train.image_id, *val.image_id)]
     network = build(settings.weights, settings.seed).to(device, memory_format=torch.channels_last)

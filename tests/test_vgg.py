@@ -181,6 +181,14 @@ def test_a_finished_run_is_read_and_masks_make_another(rows, tmp_path, capsys):
     assert "finished before" not in capsys.readouterr().out
 
 
+def test_other_labels_make_another_run(rows, tmp_path, capsys):
+    train, val = rows
+    vgg.fit(train, val, folder=tmp_path, **TINY)
+    other = {"benign": "malignant", "malignant": "benign", "normal": "normal"}
+    vgg.fit(train.assign(label=train.label.map(other)), val, folder=tmp_path, **TINY)
+    assert "finished before" not in capsys.readouterr().out
+
+
 def test_training_learns_and_keeps_the_best_epoch(rows, tmp_path):
     train, val = rows
     # Labels that are all wrong: the better the network gets, the worse it scores on them.
