@@ -59,7 +59,7 @@ def leakage_table(results: pd.DataFrame, fold=0, seed=0, source="BUSI") -> pd.Da
     results = results[results.images == results.groupby(["task", "split"]).images.transform("max")]
     grouped, random = (results[results.split == split] for split in ("grouped", "random"))
     both = grouped.merge(random, on=["key", "prompt", "score_name"], suffixes=("", "_random"))
-    columns = {"Model": both.title, "Score": both.score_name}
+    columns = {"Model": both.title, "Given": both.prompt, "Score": both.score_name}
     for split, end in (("Grouped", ""), ("Random", "_random")):
         values = zip(both[f"score{end}"], both[f"low{end}"], both[f"high{end}"])
         columns[f"{split} split"] = [interval_text(*value) for value in values]

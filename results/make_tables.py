@@ -158,6 +158,46 @@ def vgg_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(shown | _texts(folds, CLASSIFIER | both))
 
 
+def vgg_inputs_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Show VGG-16 on fold 0, by what it is given and by split, as text.
+
+    Args:
+        results: DataFrame from `load_all`.
+
+    Returns:
+        DataFrame: input, split, each seed's accuracy, and accuracy with its interval and macro AUC of the
+        seeds' mean probabilities. No row where nothing was scored.
+    """
+    rows = results[results.key.isin(["vgg", "vgg-mean"]) & (results.source == "BUSI") & (results.fold == 0)]
+    rows = rows[rows.images == rows.groupby("split").images.transform("max")].sort_values("seed")
+    lines = []
+    for given in INPUTS:
+        for split, part in rows[rows.prompt == given].groupby("split"):
+            single, together = part[part.key == "vgg"], part[part.key == "vgg-mean"]
+            line = {"Given": given, "Split": split}
+            line["Accuracy of each seed"] = ", ".join(f"{score:.3f}" for score in single.score)
+            for mean in together.itertuples():
+                line["Seeds together: accuracy"] = interval_text(mean.score, mean.low, mean.high)
+                line["Seeds together: macro AUC"] = f"{mean.all_macro_auc:.3f}"
+            lines.append(line)
+    return pd.DataFrame(lines, columns=None if lines else ["Given"]).fillna("")
+
+
+def unet_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Show each seed of the U-Net's validated config on fold 0 of the grouped split, and their mean, as text.
+
+    `results` are from `load_all`. No row where nothing was scored.
+    """
+    wanted = {"prompt": "none", "split": "grouped", "source": "BUSI", "fold": 0}
+    rows = results[(results[list(wanted)] == pd.Series(wanted)).all(axis=1)].sort_values(["key", "seed"])
+    rows = rows[rows.key.isin(["unet-improved", "unet-improved-mean"]) & (rows.images == rows.images.max())]
+    seeds = [f"{row.seed}" if row.key == "unet-improved" else "together" for row in rows.itertuples()]
+    values = rows[["score", "low", "high"]].itertuples(index=False)
+    marked = [_text(1 - dice, ".0%") for dice in rows.reindex(columns=["normal_dice"]).normal_dice]
+    scores = [interval_text(*value) for value in values]
+    return pd.DataFrame({"Seed": seeds, "Dice": scores, "Normal images marked": marked})
+
+
 # Per file of results/, the columns to show.
 VARIANTS = {
     "vgg": {
@@ -258,7 +298,9 @@ def readme_tables(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "ablation": variants_table("ablation"),
         "detectors": variants_table("detectors"),
         "vgg": vgg_table(results),
+        "vgg-inputs": vgg_inputs_table(results),
         "vgg-variants": variants_table("vgg"),
+        "unet-seeds": unet_table(results),
         "unet-variants": variants_table("unet"),
         "unet-cost": variants_table("unet_cost"),
         "encoders": variants_table("encoders"),

@@ -60,7 +60,16 @@ def test_write_keeps_the_text_around_the_tables(run, tmp_path, monkeypatch):
     monkeypatch.delenv("BUSBRA_DIR", raising=False)
     block = "<!-- {0} -->\noutdated\n<!-- /{0} -->\n"
     names = ["results", "classes", "published", "leakage", "folds", "patients"]
-    names += ["ablation", "detectors", "vgg", "vgg-variants", "unet-variants", "unet-cost"]
+    names += [
+        "ablation",
+        "detectors",
+        "vgg",
+        "vgg-inputs",
+        "vgg-variants",
+        "unet-seeds",
+        "unet-variants",
+        "unet-cost",
+    ]
     names += ["encoders", "encoders-without-bfloat16", "tuned"]
     (tmp_path / "README.md").write_text("before\n" + block.format("main") + "after\n")
     tables = "between\n".join(map(block.format, names))
@@ -150,6 +159,7 @@ def test_the_random_split_stands_beside_the_grouped_one(filled):
     table = tables.leakage_table(everything, source="synthetic")
     assert table.Difference.tolist() == ["+0.050", "+0.000"]
     assert table.Model.tolist() == ["U-Net, grouped", "VGG-16"]
+    assert table.Given.tolist() == ["none", "image alone"]
     other_fold = everything.assign(fold=1)
     part = everything.assign(images=3)
     for foreign in (other_fold, part):
@@ -204,6 +214,28 @@ def test_vgg_is_shown_on_each_fold_with_its_seeds(index, tmp_path):
     assert first["Accuracy"] == mean["Accuracy"] == "0.500"
     assert first["Seeds together: accuracy"] == "1.000"
     assert mean["Accuracy of each seed"] == "[0.500, 0.500]"
+    (line,) = make_tables.vgg_inputs_table(results.load_all(tmp_path)).to_dict("records")
+    assert line == {
+        "Given": "image alone",
+        "Split": "grouped",
+        "Accuracy of each seed": "1.000, 0.000",
+        "Seeds together: accuracy": "1.000 [1.000, 1.000]",
+        "Seeds together: macro AUC": "1.000",
+    }
+
+
+def test_each_seed_of_the_u_net_and_their_mean(run, tmp_path):
+    scores, rows = run
+    rows, normal = rows.assign(source="BUSI"), scores.label == "normal"
+    for key, seed, dice in (("", 1, 0.4), ("", 0, 0.5), ("-mean", 0, 0.6)):
+        given = scores.assign(dice=np.where(normal, 0.0, dice))
+        about = {"key": f"unet-improved{key}", "title": "U-Net", "prompt": "none", "seed": seed}
+        save((given, rows), tmp_path, **about)
+        save((given, rows), tmp_path, **about, fold=1)  # has no place in it
+    table = make_tables.unet_table(results.load_all(tmp_path))
+    assert table.Seed.tolist() == ["0", "1", "together"]
+    assert [dice[:5] for dice in table.Dice] == ["0.500", "0.400", "0.600"]
+    assert set(table["Normal images marked"]) == {"100%" if normal.any() else ""}
 
 
 def test_external_rows_have_a_table_of_their_own(index, tmp_path):
