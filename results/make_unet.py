@@ -14,13 +14,14 @@ from helpers import data, metrics, prompts, results, unet
 CONFIGS = {"reference": {}, "validated": unet.VALIDATED}
 KEYS = {"reference": "unet-reference", "validated": "unet-improved"}
 SEEDS = [0, 1, 2]
+SIZE = {"width": 16, "epochs": 60, "precision": "auto"}  # as in notebook 04 on a CPU
 
 
 def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=["validated"])
-    parser.add_argument("--width", type=int, default=16, help="filters of the first level")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--width", type=int, default=SIZE["width"], help="filters of the first level")
+    parser.add_argument("--epochs", type=int, default=SIZE["epochs"])
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--splits", nargs="+", choices=("grouped", "random"), default=["grouped"])
     parser.add_argument("--results", default="results", help="folder for result files")
@@ -39,8 +40,7 @@ def score(split, name, options):
     title, networks = f"U-Net, {name} config, width {options.width}", []
     baseline = metrics.score(test, typical_ellipses(train, test))
     for seed in options.seeds:
-        config = {"width": options.width, "epochs": options.epochs, "precision": "auto", "seed": seed}
-        config |= CONFIGS[name]
+        config = SIZE | {"width": options.width, "epochs": options.epochs, "seed": seed} | CONFIGS[name]
         network, history = unet.fit(train, val, options.cache, **config)
         networks.append(network)
         training = results.trained(history, dataclasses.asdict(unet.Config(**config)))

@@ -11,13 +11,13 @@ import dataclasses
 
 import numpy as np
 import pandas as pd
+from make_unet import SEEDS, SIZE
 
 from helpers import data, results, unet, vgg
 from helpers.devices import default_device
 
-UNET = {"width": 16, "epochs": 60, "precision": "auto", **unet.VALIDATED}  # as in notebook 04 on a CPU
+UNET = SIZE | unet.VALIDATED
 TITLE = "VGG-16 from ImageNet, 224 pixels"
-SEEDS = [0, 1, 2]
 
 
 def main(arguments=None) -> None:

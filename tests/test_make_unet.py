@@ -60,25 +60,10 @@ def test_the_mean_is_of_probabilities():
 
 
 def test_the_reference_of_another_width_and_split(calls, tmp_path):
-    given = [
-        "--configs",
-        "reference",
-        "--width",
-        "64",
-        "--epochs",
-        "50",
-        "--seeds",
-        "1",
-        "--splits",
-        "random",
-    ]
-    make_unet.main(["--results", str(tmp_path), *given])
+    given = ["--configs", "reference", "--width", "64", "--epochs", "50", "--seeds", "1"]
+    make_unet.main(["--results", str(tmp_path), "--splits", "random", *given])
     [row] = results.load_all(tmp_path).itertuples()
-    assert (row.key, row.seed, row.split, row.title) == (
-        "unet-reference",
-        1,
-        "random",
-        "U-Net, reference config, width 64",
-    )
+    assert (row.key, row.seed, row.split) == ("unet-reference", 1, "random")
+    assert row.title == "U-Net, reference config, width 64"
     [(_, _, config)] = calls
     assert config == {"width": 64, "epochs": 50, "precision": "auto", "seed": 1}

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import pickle
 import shutil
@@ -92,6 +93,12 @@ def test_an_unknown_model_or_hyper_parameter_is_refused(task):
         search.Task("resnet", task.train, task.val)
     with pytest.raises(ValueError, match="'width' is no hyper-parameter of decoder"):
         search.Task("decoder", task.train, task.val, {"width": 4})
+
+
+def test_other_labels_make_another_search(task):
+    other = dataclasses.replace(task, train=task.train.assign(label="benign"))
+    assert other.identity() != task.identity()
+    assert dataclasses.replace(task).identity() == task.identity()
 
 
 def test_workers_are_not_sent_the_segmenter(task):

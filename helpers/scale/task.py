@@ -151,6 +151,7 @@ class Task:
             "model": self.model,
             "fixed": self.fixed,
             "encoder": embeddings.encoder_hash(self.segmenter) if decoder else "",
+            "labels": [[*rows.label] for rows in (self.train, self.val)],
             **self.signatures,
         }
 

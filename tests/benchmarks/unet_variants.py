@@ -104,7 +104,7 @@ def train_and_score(name, cache):
 
     split = data.split(data.load_index())
     train, val = split[split.subset == "train"], data.scored(split, "val")
-    config = unet.VALIDATED | {"width": 16, "epochs": 60, "precision": "auto"} | RECIPES[name]
+    config = unet.VALIDATED | make_unet.SIZE | RECIPES[name]
     seeds = make_unet.SEEDS if name == "three seeds together" else [0]
     networks, histories = zip(*(unet.fit(train, val, cache, **config, seed=seed) for seed in seeds))
     scores = metrics.score(val, make_unet.mean_masks(networks, val), surface=False)
