@@ -9,7 +9,7 @@ from helpers.results import INPUTS, PROMPTS
 # The table of the reference project, mean losses and of VGG-16 the accuracy on validation images; and the
 # key, prompt and loss of the row of ours that stands beside it.
 PUBLISHED = (
-    ("U-Net", "mean squared error", 0.0036, 0.0200, "", "unet-reference", "none", "loss"),
+    ("U-Net", "mean squared error", 0.0036, 0.0200, "", "unet-published", "none", "loss"),
     ("SAM", "Dice loss", 0.070, 0.067, "", "sam-finetuned", "ground-truth box", "dice_loss"),
     ("MedSAM", "Dice loss", 0.064, 0.058, "", "medsam-finetuned", "ground-truth box", "dice_loss"),
     ("VGG-16", "cross entropy", 0.0672, 0.6191, "accuracy 0.861", "vgg", "image alone", "loss"),

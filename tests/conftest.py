@@ -1,5 +1,6 @@
 """Settings for the notebooks that pytest runs, and the small synthetic set that the tests share."""
 
+import gc
 import os
 import re
 import tempfile
@@ -60,6 +61,13 @@ def pytest_collection_modifyitems(items):
         if item.path.suffix == ".ipynb" or file in SLOW_FILES or SLOW_NAMES.search(test):
             item.add_marker("slow")
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze():
+    """Let garbage collections, one after each training, pass over what earlier files left, which is much."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

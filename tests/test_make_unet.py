@@ -59,11 +59,11 @@ def test_the_mean_is_of_probabilities():
         assert not make_unet.mean_masks([0.55, 0.6, 0.1], rows)["one"].any()
 
 
-def test_the_reference_of_another_width_and_split(calls, tmp_path):
-    given = ["--configs", "reference", "--width", "64", "--epochs", "50", "--seeds", "1"]
-    make_unet.main(["--results", str(tmp_path), "--splits", "random", *given])
+def test_the_published_config_on_the_other_split(calls, tmp_path):
+    given = ["--splits", "random", "--configs", "published", "--seeds", "1"]
+    make_unet.main(["--results", str(tmp_path), *given])
     [row] = results.load_all(tmp_path).itertuples()
-    assert (row.key, row.seed, row.split) == ("unet-reference", 1, "random")
+    assert (row.key, row.seed, row.split) == ("unet-published", 1, "random")
     assert row.title == "U-Net, reference config, width 64"
     [(_, _, config)] = calls
-    assert config == {"width": 64, "epochs": 50, "precision": "auto", "seed": 1}
+    assert config == {"precision": "auto", "seed": 1}

@@ -13,8 +13,9 @@ IMAGES = [np.random.default_rng(k).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def shared_cache(tmp_path_factory, monkeypatch):
+    """One for the tests of this file: to convert the network takes ten seconds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "openvino"))
 
 
 @pytest.fixture
@@ -52,7 +53,9 @@ def test_the_network_is_converted_once(lite, monkeypatch):
     assert path.stat().st_size > 1e7
 
 
-def test_a_cache_that_can_not_be_written_to_costs_time_only(lite, monkeypatch):
+def test_a_cache_that_can_not_be_written_to_costs_time_only(lite, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
     def refuse(*_):
         raise OSError("read-only")
 

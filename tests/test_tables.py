@@ -125,7 +125,7 @@ def filled(index, tmp_path_factory):
         scores.loc[scores.label == "normal", "dice"] = [1.0, 1.0, 1.0, 0.0] * 2
         record, details = results.Recorder(rows, path=path), {"training": kept}
         title = f"U-Net, {'grouped' if grouped else 'random'}"  # a title may say what it likes
-        unet = {"key": "unet-reference", "title": title, "prompt": "none"}
+        unet = {"key": "unet-published", "title": title, "prompt": "none"}
         record.segmentation(scores, **unet, details=details)
         truth = np.eye(3)[[data.LABELS.index(label) for label in rows.label]]
         vgg = {"key": "vgg", "title": "VGG-16", "prompt": "image alone"}

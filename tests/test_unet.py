@@ -21,6 +21,12 @@ def rows(index):
     return split[split.subset == "train"], data.scored(split, "val")
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """One level of pooling in place of four, where the graph takes longer to build than to train."""
+    monkeypatch.setattr(unet, "LEVELS", 1)
+
+
 def levels(network):
     """The side in pixels and the features of what each level makes."""
     return [network.get_layer(name).output.shape[2:] for name in unet.LEVEL_NAMES]
@@ -35,6 +41,19 @@ def test_reference_network_is_the_published_one():
     assert dropped == [0.2] * 5 + [0.1] * 4
     down = [(128, 64), (64, 128), (32, 256), (16, 512)]
     assert levels(network) == [*down, (8, 1024), *reversed(down)]
+
+
+def test_the_first_weights_keep_the_head_alive():
+    """At the published width the ReLU head dies in a few steps where He's weights make outputs large."""
+
+    def drawn(**config):
+        network = unet.build(unet.Config(size=16, width=1, **config))
+        convolutions = [layer for layer in network.layers if type(layer) is keras.layers.Conv2D][:-1]
+        return {type(layer.kernel_initializer).__name__ for layer in convolutions}
+
+    assert drawn() == {"GlorotUniform"}
+    assert drawn(loss="dice+ce", batch_norm=True) == {"HeNormal"}
+    assert unet.Config.learning_rate == 1e-4 < unet.VALIDATED["learning_rate"]
 
 
 def test_activation_width_and_size_are_parameters():
@@ -168,6 +187,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_run_killed_in_a_backup_resumes_with_the_same_numbers(rows, tmp_path, monkeypatch):
     config = OURS | {"epochs": 4, "average": 0.9}
     network, history = unet.fit(*rows, tmp_path / "whole", **config)
@@ -201,6 +221,7 @@ def test_a_run_killed_in_a_backup_resumes_with_the_same_numbers(rows, tmp_path, 
     assert {path.name for path in log.parents[1].iterdir()} == {"unet.keras", "history.csv"}
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_run_stopped_after_its_last_epoch_is_finished(rows, tmp_path, monkeypatch):
     def stop(network, path):
         raise Killed
@@ -218,6 +239,7 @@ def test_a_run_stopped_after_its_last_epoch_is_finished(rows, tmp_path, monkeypa
     assert dice == pytest.approx(history.val_dice[history.best].item(), abs=1e-5)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_network_is_pretrained_first_and_once(rows, tmp_path, capsys, monkeypatch):
     started, compile_network = [], unet.compile_network
 
@@ -253,6 +275,7 @@ def test_an_optimizer_is_chosen_by_name():
         assert network.optimizer.use_ema
 
 
+@pytest.mark.usefixtures("shallow")
 def test_each_epoch_is_reported_and_may_end_the_training(rows, tmp_path):
     def report(history):
         if len(history) == 2:
@@ -262,6 +285,7 @@ def test_each_epoch_is_reported_and_may_end_the_training(rows, tmp_path):
         unet.fit(*rows, tmp_path, report, **TINY | {"epochs": 5})
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_finished_run_is_read(rows, tmp_path, capsys):
     network, history = unet.fit(*rows, tmp_path, **TINY)
     again, same = unet.fit(*rows, tmp_path, **TINY)
@@ -282,6 +306,7 @@ def test_half_precision_trains_and_predicts_in_full(rows, tmp_path, precision):
     assert keras.config.dtype_policy().name == "float32"  # of others' networks
 
 
+@pytest.mark.usefixtures("shallow")
 def test_training_learns(rows, tmp_path):
     config = OURS | {"epochs": 30, "width": 4, "augment": 0.0, "learning_rate": 1e-2}
     _, history = unet.fit(*rows, tmp_path, **config)
@@ -340,6 +365,7 @@ def test_groups_in_both_sets_are_refused(rows, tmp_path):
         unet.fit(rows[0], rows[0].head(3), tmp_path, **TINY)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_loss_that_is_no_number_stops_the_run(rows, tmp_path):
     wrong = OURS | {"learning_rate": 1e38, "batch_norm": False}
     with pytest.raises(FloatingPointError, match=r"epoch 1 is \S+; lower learning_rate, or use\s+prec"):
