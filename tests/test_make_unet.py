@@ -67,3 +67,5 @@ def test_the_published_config_on_the_other_split(calls, tmp_path):
     assert row.title == "U-Net, reference config, width 64"
     [(_, _, config)] = calls
     assert config == {"precision": "auto", "seed": 1}
+    published = make_unet.unet.Config(**config)
+    assert (published.width, published.epochs, published.loss) == (64, 50, "mse")
