@@ -19,7 +19,7 @@ CONFIGS = {
     "reference": ("reference", SIZE),
     "published": ("reference", {"precision": "auto"}),
     "improved": ("validated", SIZE | unet.VALIDATED),
-    "wide": ("validated", SIZE | unet.VALIDATED | {"width": 64}),
+    "wide": ("validated", SIZE | unet.VALIDATED | {"width": 32}),
 }
 
 
