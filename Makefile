@@ -23,8 +23,8 @@ run: .venv/installed ## execute the notebooks, quick profile, into executed/, wi
 reproduce: .venv/installed ## execute the notebooks in full, as the committed results were made, and write results/: about 4 hours
 	NB_PROFILE=full NB_RESULTS=results .venv/bin/python notebooks/execute.py
 
-test: .venv/installed ## test everything, each notebook included: about 12 minutes on 2 cores
-	@echo "Testing helpers/ and every notebook on synthetic images: about 12 minutes on 2 cores"
+test: .venv/installed ## test everything, each notebook included: about 10 minutes on 2 cores
+	@echo "Testing helpers/ and every notebook on synthetic images: about 10 minutes on 2 cores"
 	NB_PROFILE=test .venv/bin/python -m pytest -n 2 --no-loadscope-reorder
 
 test-gpu: .venv/installed ## test the notebooks in full, as on a GPU runner, with the scores that they must reach
