@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Empty: the newest packages.
 CONSTRAINTS ?= constraints.txt
+# A test that takes longer than 15 minutes hangs: it fails, and its stack is printed.
+HANGING = --max-worker-restart 1 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab run reproduce test test-gpu test-fast lint format pipeline unet vgg table links benchmark clean
@@ -25,7 +27,7 @@ reproduce: .venv/installed ## execute the notebooks in full, as the committed re
 
 test: .venv/installed ## test everything, each notebook included: about 10 minutes on 2 cores
 	@echo "Testing helpers/ and every notebook on synthetic images: about 10 minutes on 2 cores"
-	NB_PROFILE=test .venv/bin/python -m pytest -n 2 --no-loadscope-reorder
+	NB_PROFILE=test .venv/bin/python -m pytest -n 2 --no-loadscope-reorder $(HANGING)
 
 test-gpu: .venv/installed ## test the notebooks in full, as on a GPU runner, with the scores that they must reach
 	NB_PROFILE=full NB_DRAW=no NB_RESULTS="$(CURDIR)/executed/results" \
