@@ -4,12 +4,16 @@ import gc
 import os
 import re
 import tempfile
+import threading
 
 import pytest
+from tqdm import tqdm
 from xdist.scheduler import LoadFileScheduling
 
 RESULTS = tempfile.TemporaryDirectory(prefix="results-")  # removed at exit
 CACHE = tempfile.TemporaryDirectory(prefix="cache-")
+# tqdm's own lock is shared with forked processes: one that a test kills may hold it, and nothing goes on.
+tqdm.set_lock(threading.RLock())
 
 if os.environ.get("NB_PROFILE") != "full":  # as `make test-gpu` says: real images, with the runner's cache
     # nbval's kernels inherit these. A notebook's own text is never rewritten.
