@@ -69,3 +69,12 @@ def test_the_published_config_on_the_other_split(calls, tmp_path):
     assert config == {"precision": "auto", "seed": 1}
     published = make_unet.unet.Config(**config)
     assert (published.width, published.epochs, published.loss) == (64, 50, "mse")
+
+
+def test_the_reference_rate_falls_with_the_width():
+    narrow, published = (
+        make_unet.unet.Config(**make_unet.CONFIGS[name][1]) for name in ("reference", "published")
+    )
+    assert narrow.width < published.width
+    expected = published.learning_rate * published.width / narrow.width  # as in notebook 04
+    assert narrow.learning_rate == pytest.approx(expected)
